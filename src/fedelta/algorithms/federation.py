@@ -1,0 +1,255 @@
+"""The horizontal program: sample sites, broadcast, train locally, collect, aggregate, update.
+
+Life of a round: `step` samples a cohort and sends it the broadcast; `handle` at each site trains, passes the
+update through the stages and the encoding, and hands it to the collect; back in `step` what arrives is decoded,
+checked, passed through the stages in reverse, and aggregated as it comes.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from fedelta.aggregation.mean import Mean
+from fedelta.aggregation.rule import Rule
+from fedelta.algorithms.algorithm import Algorithm, Incoming
+from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
+from fedelta.algorithms.sampling import All, Sampling
+from fedelta.algorithms.stopping import Best, Stop
+from fedelta.core import codec
+from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
+from fedelta.core.examples import Examples
+from fedelta.core.messages import PartyId, Reply, Request, Tensors, Update
+from fedelta.core.parameters import Layout, Parameters
+from fedelta.core.program import Fleet, Report, Sight, Site
+from fedelta.core.seeds import derive
+from fedelta.core.threads import intra_op_threads
+from fedelta.learning.training import evaluate
+
+S = TypeVar("S")
+NO_VALUES = Layout.of({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationState(Generic[S]):
+    """All that a resume needs. `bases` has, per site, the round of its last accepted reply."""
+
+    algorithm: S
+    round: int = 0
+    bases: Mapping[PartyId, int] = field(default_factory=dict)
+    best: Best = Best()
+    stopped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation(Generic[S]):
+    algorithm: Algorithm[S]
+    rounds: int = field(metadata={"digest": False})
+    sampling: Sampling = All()
+    rule: Rule = Mean()
+    stages: Sequence[Stage] = ()
+    encoding: Encoding = Float32()
+    collect: Collect = Clear()
+    stop: Stop | None = field(default=None, metadata={"digest": False})
+    seed: int = 0
+    min_sites: int = 1  # that must answer for a round to count
+    test: Examples | None = field(default=None, metadata={"digest": False})  # held out at the coordinator
+    evaluate_every: int = 1  # rounds between evaluations; the last round is always evaluated
+    validate_at_sites: bool = False  # ask every site to evaluate on the part that it holds back
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 0), ("min_sites", 1), ("evaluate_every", 1)):
+            if getattr(self, name) < least:
+                raise BadInput(f"Federation.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.rule.needs is Sight.EACH and self.collect.shows is Sight.SUM:
+            raise UnsoundCombination(
+                f"{self.rule} compares single updates, but {self.collect} reveals only their sum; "
+                "use Mean() as the rule or Clear() as the collect"
+            )
+        if not self.encoding.linear and self.collect.shows is Sight.SUM:
+            raise UnsoundCombination(
+                f"{self.encoding} cannot be added up, but {self.collect} reveals only sums; use a linear encoding"
+            )
+
+    def init(self) -> FederationState[S]:
+        start = Parameters.of(self.algorithm.task.build(self.seed))
+        return FederationState(algorithm=self.algorithm.init(start))
+
+    def finished(self, state: FederationState[S]) -> str | None:
+        if state.stopped is not None:
+            return state.stopped
+        return f"all {self.rounds} rounds are done" if state.round >= self.rounds else None
+
+    def step(self, state: FederationState[S], fleet: Fleet) -> tuple[FederationState[S], Report]:
+        started = time.perf_counter()
+        round = state.round + 1
+        cohort = self.sampling(fleet.parties(), round, self.seed)
+        tally = _Tally(cohort=cohort)
+        algorithm, metrics = state.algorithm, dict[str, float]()
+        if cohort:
+            shared, own = self.algorithm.broadcast(algorithm, cohort)
+            requests = [
+                Request(
+                    to=to, op="train", round=round, base=state.bases.get(to, -1), shared=shared, body=own.get(to, {})
+                )
+                for to in cohort
+            ]
+            layout = self.algorithm.parameters(algorithm).layout
+            with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
+                total = self.rule(self._arriving(fleet, requests, layout, tally), len(cohort))
+                for stage in reversed(self.stages):
+                    total = stage.on_total(total)
+                algorithm = self.algorithm.step(algorithm, total)
+            metrics = self._named("train", total.sums)
+        trained = time.perf_counter()
+        if round % self.evaluate_every == 0 or round >= self.rounds:
+            parameters = self.algorithm.parameters(algorithm)
+            metrics |= self.evaluate(parameters) | self._validate(parameters, round, fleet, tally)
+        best, stopped = self.stop.update(state.best, round, metrics) if self.stop else (state.best, None)
+        bases = {**state.bases, **dict.fromkeys(tally.answered, round)}
+        after = FederationState(algorithm=algorithm, round=round, bases=bases, best=best, stopped=stopped)
+        report = Report(
+            round=round,
+            metrics=metrics,
+            cohort=cohort,
+            per_site=tally.per_site,
+            absent=tally.absent,
+            bytes_down=tally.bytes_down,
+            bytes_up=tally.bytes_up,
+            seconds={
+                "sites": tally.waited,
+                "aggregation": trained - started - tally.waited,
+                "evaluation": time.perf_counter() - trained,
+            },
+            stop=self.finished(after),
+        )
+        return after, report
+
+    def handle(self, request: Request, site: Site) -> Reply:
+        if request.op == "train":
+            return self.collect.handle(request, site, lambda: self._update(request, site))
+        if request.op == "evaluate":
+            return self.collect.handle(request, site, lambda: self._evaluation(request, site))
+        raise BadInput(f"this program knows no {request.op!r} request")
+
+    def evaluate(self, parameters: Parameters) -> dict[str, float]:
+        """Metrics of a model on the coordinator's `test` examples; empty if there are none."""
+        if self.test is None:
+            return {}
+        return self._named("test", self._measure(parameters, self.test))
+
+    def model(self, state: FederationState[S]) -> nn.Module:
+        """A new module with the global weights of `state`, on the CPU."""
+        module = self.algorithm.task.build(self.seed)
+        self.algorithm.parameters(state.algorithm).load(module)
+        return module
+
+    def _update(self, request: Request, site: Site) -> Tensors:
+        incoming = Incoming(
+            tensors={**request.shared, **request.body},
+            round=request.round,
+            seed=self.seed,
+            local_seed=derive(self.seed, request.round, site.id, "local"),
+        )
+        update = self.algorithm.local(incoming, site)
+        for stage in self.stages:
+            update = stage.on_site(update, site)
+        return self.encoding.encode(update)
+
+    def _evaluation(self, request: Request, site: Site) -> Tensors:
+        held_back = site.data().validation
+        sums: Mapping[str, float] = {}
+        if held_back is not None and len(held_back):
+            self.algorithm.task.check(held_back)
+            model = self.algorithm.task.flat(self.seed, self.algorithm.training.device)
+            sums = self._measure(Parameters(model.layout, request.shared["parameters"]), held_back)
+        return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
+
+    def _measure(self, parameters: Parameters, examples: Examples) -> dict[str, float]:
+        task, training = self.algorithm.task, self.algorithm.training
+        model = task.flat(self.seed, training.device)
+        model.load(parameters)
+        return evaluate(model, examples, task.objective, training)
+
+    def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
+        return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
+
+    def _arriving(self, fleet: Fleet, requests: Sequence[Request], layout: Layout, tally: "_Tally") -> Iterator[Update]:
+        """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
+        for reply in tally.watch(self.collect.gather(fleet, requests), requests):
+            if reply.error is not None:
+                tally.absent[reply.sender] = reply.error
+                continue
+            try:
+                update = self.encoding.decode(reply.body, layout)
+            except BadTensors as error:
+                tally.absent[reply.sender] = f"its update is malformed: {error}"
+                continue
+            refusal = self.rule.refuse(update)
+            if refusal is not None:
+                tally.absent[reply.sender] = refusal
+                continue
+            for stage in reversed(self.stages):
+                update = stage.on_arrival(update)
+            tally.accept(reply.sender, update.count)
+            yield update
+        if tally.accepted < self.min_sites:
+            raise TooFewSites(tally.shortage(requests[0].round, self.min_sites))
+
+    def _validate(self, parameters: Parameters, round: int, fleet: Fleet, tally: "_Tally") -> dict[str, float]:
+        """Metrics over all sites' held-back examples, and per site where the collect shows them."""
+        if not self.validate_at_sites:
+            return {}
+        shared = {"parameters": parameters.vector}
+        requests = [Request(to=to, op="evaluate", round=round, shared=shared) for to in fleet.parties()]
+        sums: dict[str, list[float]] = {}
+        for reply in tally.watch(self.collect.gather(fleet, requests), requests):
+            if reply.error is not None:
+                tally.absent.setdefault(reply.sender, reply.error)
+                continue
+            update = Update.from_tensors(reply.body, NO_VALUES)
+            if self.collect.shows is Sight.EACH and update.sums:
+                tally.per_site[reply.sender] = self._named("validation", update.sums)
+            for name, value in update.sums.items():
+                sums.setdefault(name, []).append(value)
+        # fsum is exact, so the order of arrivals does not show
+        return self._named("validation", {name: math.fsum(values) for name, values in sums.items()})
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """What a round notes down while replies come in."""
+
+    cohort: Sequence[PartyId]
+    accepted: int = 0
+    answered: list[PartyId] = field(default_factory=list)
+    absent: dict[PartyId, str] = field(default_factory=dict)
+    per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    waited: float = 0.0  # seconds spent waiting for replies
+
+    def watch(self, replies: Iterator[Reply], requests: Sequence[Request]) -> Iterator[Reply]:
+        """The same replies, with their bytes and the time they took added up."""
+        self.bytes_down += sum(codec.size({**r.shared, **r.body}, r.meta) for r in requests)
+        while True:
+            asked = time.perf_counter()
+            reply = next(replies, None)
+            self.waited += time.perf_counter() - asked
+            if reply is None:
+                return
+            if reply.error is None:
+                self.bytes_up += codec.size(reply.body, reply.meta)
+            yield reply
+
+    def accept(self, sender: PartyId, count: int) -> None:
+        self.accepted += count
+        self.answered.append(sender)
+
+    def shortage(self, round: int, needed: int) -> str:
+        reasons = [f"{site}: {reason}" for site, reason in sorted(self.absent.items())]
+        shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+        return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"

@@ -1,0 +1,42 @@
+"""FedProx (Li et al., MLSys 2020, Algorithm 2): federated averaging with a proximal term in the local objective.
+
+A site minimises its loss plus mu/2 * ||w - w_global||^2, which keeps it near the global model when the data of the
+sites differ. With mu = 0 it is FedAvg.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedelta.algorithms.algorithm import Incoming, delta, moved
+from fedelta.core.errors import BadInput
+from fedelta.core.messages import PartyId, Tensors, Update
+from fedelta.core.parameters import Parameters
+from fedelta.core.program import Site
+from fedelta.learning.task import Task
+from fedelta.learning.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedProx:
+    task: Task
+    training: Training
+    mu: float  # >= 0; the paper tries 0.001 to 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < float("inf"):
+            raise BadInput(f"FedProx.mu must be a finite number >= 0, got {self.mu}")
+
+    def init(self, parameters: Parameters) -> Parameters:
+        return parameters
+
+    def parameters(self, state: Parameters) -> Parameters:
+        return state
+
+    def broadcast(self, state: Parameters, to: Sequence[PartyId]) -> tuple[Tensors, dict[PartyId, Tensors]]:
+        return {"parameters": state.vector}, {}
+
+    def local(self, incoming: Incoming, site: Site) -> Update:
+        return delta(self.task, self.training, incoming, site, proximal=self.mu)
+
+    def step(self, state: Parameters, total: Update) -> Parameters:
+        return moved(state, total)

@@ -1,0 +1,106 @@
+"""Loading an experiment file: a Python file with `program()`, `site(name)`, `sites()`, and optionally `test()`."""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from fedelta.core.errors import BadExperiment, FedeltaError
+from fedelta.core.examples import Examples
+from fedelta.core.program import SiteData
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    path: Path
+    program: Callable[[], object]
+    site: Callable[[str], object]
+    sites: Callable[[], Sequence[str]]
+    test: Callable[[], object] | None
+
+    @classmethod
+    def load(cls, path: Path, settings: dict[str, str]) -> "Experiment":
+        """Import the file; `settings` replace its capitalised constants. Raises BadExperiment if it cannot be used."""
+        if not path.is_file():
+            raise BadExperiment(f"there is no experiment file {path}")
+        spec = importlib.util.spec_from_file_location("fedelta_experiment", path)
+        if spec is None or spec.loader is None:
+            raise BadExperiment(f"{path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        sys.path.insert(0, str(path.parent.resolve()))
+        loader = spec.loader
+        guarded(path, "it was loaded", lambda: loader.exec_module(module))
+        for name, value in settings.items():
+            _set(module, path, name, value)
+        missing = [name for name in ("program", "site", "sites") if not callable(getattr(module, name, None))]
+        if missing:
+            raise BadExperiment(f"{path} does not define {' and '.join(f'{name}()' for name in missing)}")
+        test = getattr(module, "test", None)
+        return cls(path=path, program=module.program, site=module.site, sites=module.sites, test=test)
+
+    def build(self) -> object:
+        return guarded(self.path, "program() was called", self.program)
+
+    def names(self) -> list[str]:
+        names = list(guarded(self.path, "sites() was called", self.sites))
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise BadExperiment(f"sites() of {self.path} must give distinct names, at least one; got {names[:5]}")
+        return names
+
+    def held_out(self) -> Examples | None:
+        if self.test is None:
+            return None
+        return Examples.of(guarded(self.path, "test() was called", self.test))  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class Sites:
+    """The data of a simulation's sites, each loaded once; what failed to load fails again when its site is asked."""
+
+    load: Callable[[str], object]
+    names: list[str]
+    _loaded: dict[str, SiteData] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> SiteData:
+        if name not in self._loaded:
+            self._loaded[name] = SiteData.of(self.load(name))  # type: ignore[arg-type]
+        return self._loaded[name]
+
+
+def guarded(path: Path, when: str, call: Callable[[], T]) -> T:
+    """The call's result; an exception of the user's code becomes one sentence with its line."""
+    try:
+        return call()
+    except FedeltaError:
+        raise
+    except Exception as error:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (own[-1].lineno if own else None)
+        where = f"{path}, line {line}" if line else str(path)
+        raise BadExperiment(f"{where}: {type(error).__name__}: {error} (when {when})") from error
+
+
+def _set(module: ModuleType, path: Path, name: str, text: str) -> None:
+    """Replace a constant by `text`, read as the type that it has."""
+    constants = {key: value for key, value in vars(module).items() if key.isupper()}
+    if name not in constants:
+        known = ", ".join(constants) or "none"
+        raise BadExperiment(f"{path} has no constant {name} to set; it has {known}")
+    kind = type(constants[name])
+    try:
+        if kind is bool:
+            value: object = {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        elif kind in (int, float, str, Path):
+            value = kind(text)
+        else:
+            raise BadExperiment(f"{name} of {path} is {kind.__name__}, which cannot be set from the command line")
+    except (KeyError, ValueError):
+        raise BadExperiment(f"--set {name}={text}: {path} needs a {kind.__name__} there") from None
+    setattr(module, name, value)

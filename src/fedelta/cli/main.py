@@ -1,0 +1,69 @@
+"""The command line: thin commands, each calling what a Python user would call.
+
+Every user error is one sentence on standard error and exit status 2 (130 after Ctrl-C); `--debug` shows the traceback.
+Commands load on first use, so that `fedelta --help` answers without importing PyTorch.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+
+import click
+
+from fedelta import __version__
+from fedelta.core.errors import FedeltaError
+
+_COMMANDS = {
+    "demo": "A pre-trained model federated over 8 unequal sites, against every baseline; offline, in a minute.",
+    "finetune": "Fine-tune a Hugging Face model over a table split among sites, with no Python written.",
+    "run": "Simulate an experiment file.",
+}
+
+
+class _Lazy(click.Group):
+    """Imports the module of a command when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command = import_module(f"fedelta.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedelta")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Federated learning of pre-trained models: the model goes out to the data, and only the delta comes back."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # accepted after the command, too, where people add it
+    debug = "--debug" in arguments
+    arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    if not debug:
+        warnings.simplefilter("ignore", FutureWarning)
+    try:
+        cli.main(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("fedelta: interrupted", err=True)
+        sys.exit(130)
+    except (FedeltaError, OSError) as error:
+        if debug:
+            raise
+        click.echo(f"fedelta: {error}", err=True)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,200 @@
+"""One simulation with its run folder, progress, report and saved model: what `run` and `finetune` share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.cli.experiment import Sites
+from fedelta.core import codec
+from fedelta.core.digest import digest
+from fedelta.core.errors import CannotResume, FedeltaError
+from fedelta.core.messages import Plain
+from fedelta.core.program import Fleet, Report, run
+from fedelta.data.overview import Overview, overview
+from fedelta.fleet.local import Local
+from fedelta.fleet.workers import Workers
+from fedelta.learning.objectives import Classification
+from fedelta.learning.pretrained import Pretrained, save, tokenizer
+from fedelta.observe.files import replace_file
+from fedelta.observe.folder import RunFolder
+from fedelta.observe.manifest import environment
+from fedelta.observe.page import Plot, Section, write_page
+from fedelta.observe.progress import Progress
+from fedelta.observe.report import run_page
+from fedelta.observe.text import bytes_text
+
+THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """`federation` over `sites` in processes of this machine, into the folder `out`."""
+
+    title: str
+    federation: Federation[Any]
+    sites: Sites
+    out: Path
+    resume: bool
+    workers: int  # processes; 0: all in this one
+    again: str  # the command that continues this run
+    classes: tuple[str, ...] = ()  # names of the labels, for the overview
+
+    def run(self) -> None:
+        """Run to the end, or from where the folder's last commit is; then save the model and the report."""
+        console = Console(highlight=False)
+        if self.resume and not self.out.is_dir():
+            raise CannotResume(f"there is no run to resume in {self.out}; start one without --resume")
+        held = self._load_sites(console)
+        with self._folder(digests=held.digests) as folder:
+            state, reports = folder.resume(self.federation.init()) if self.resume else (None, [])
+            self._announce(console, held, state)
+            state = self._rounds(folder, state, reports, console)
+            if state is not None and reports:
+                console.print(f"Ended after round {state.round}: {self.federation.finished(state)}.")
+                self._conclude(folder, state, reports, held, console)
+
+    def _load_sites(self, console: Console) -> "_Held":
+        objective = self.federation.algorithm.task.objective
+        numbered = tuple(map(str, range(objective.classes))) if isinstance(objective, Classification) else ()
+        held = _Held(classes=self.classes or numbered)
+        with console.status("loading the sites' data"):
+            for name in self.sites.names:
+                try:
+                    data = self.sites(name)
+                except (FedeltaError, OSError) as error:
+                    held.digests[name] = None
+                    console.print(f"[yellow]{name} has no data: {error}[/]", soft_wrap=True)
+                    continue
+                held.digests[name] = digest(
+                    [part.digest() for part in (data.train, data.validation) if part is not None]
+                )
+                if held.classes:
+                    held.labels[name] = data.train.targets.numpy()
+        return held
+
+    @contextmanager
+    def _folder(self, digests: dict[str, str | None]) -> Iterator[RunFolder]:
+        training, test = self.federation.algorithm.training, self.federation.test
+        manifest: dict[str, Plain] = {
+            "title": self.title,
+            "experiment": digest(self.federation),
+            "seed": self.federation.seed,
+            "data": {"sites": digest(digests), "test": test.digest() if test is not None else None},
+            "plan": {
+                "threads": THREADS,
+                "sites": "one by one",
+                "bf16": training.bf16,
+                "channels_last": training.channels_last,
+                "device": training.device,
+            },
+            **environment(),
+        }
+        with RunFolder.open(self.out) if self.resume else RunFolder.create(self.out, manifest) as folder:
+            folder.check_same(manifest)
+            yield folder
+
+    def _announce(self, console: Console, held: "_Held", state: FederationState[Any] | None) -> None:
+        overview = held.overview()
+        if overview is not None and state is None:
+            console.print(overview.table())
+        layout = self.federation.algorithm.parameters((state or self.federation.init()).algorithm).layout
+        console.print(
+            f"{self.title}: {len(self.sites.names)} sites, {layout.size:,} parameters travel "
+            f"({bytes_text(4 * layout.size)} each way), {self.federation.rounds} rounds, seed {self.federation.seed}"
+        )
+        if state is not None:
+            console.print(f"Resumed after round {state.round}.")
+        elif self.resume:
+            console.print("Nothing was committed before the run was stopped; it starts anew.")
+
+    def _rounds(
+        self, folder: RunFolder, state: FederationState[Any] | None, reports: list[Report], console: Console
+    ) -> FederationState[Any] | None:
+        progress = Progress(self.federation.rounds, done=len(reports), console=console)
+        try:
+            with self._fleet() as fleet, progress:
+                rounds = run(self.federation, progress.watch(fleet), state)
+                for state, report in rounds:
+                    folder.add(state, report)
+                    reports.append(report)
+                    progress.show(report)
+        except KeyboardInterrupt:
+            console.print(
+                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.again}", soft_wrap=True
+            )
+            raise click.Abort from None
+        finally:
+            folder.commit()
+        return state
+
+    @contextmanager
+    def _fleet(self) -> Iterator[Fleet]:
+        if self.workers == 0:
+            yield Local(self.federation, self.sites, self.sites.names, threads=THREADS)
+            return
+        workers = min(self.workers, len(self.sites.names))
+        with Workers(self.federation, self.sites, self.sites.names, workers=workers, threads=THREADS) as fleet:
+            yield fleet
+
+    def _conclude(
+        self,
+        folder: RunFolder,
+        state: FederationState[Any],
+        reports: list[Report],
+        held: "_Held",
+        console: Console,
+    ) -> None:
+        metrics = {name: value for report in reports for name, value in report.metrics.items()}
+        sent = bytes_text(sum(report.bytes_up for report in reports))
+        received = bytes_text(sum(report.bytes_down for report in reports))
+        console.print(f"The sites sent {sent} and received {received}.")
+        if self.federation.test is not None:
+            console.print(test_line(metrics, len(self.federation.test)))
+        saved = self._save(state)
+        page = self.out / "report.html"
+        overview = held.overview()
+        plots = [] if overview is None else [Plot(figure=overview.plot(), caption="Rows by class and site.", wide=True)]
+        sections = [Section(heading="What each site holds", plots=plots)] if plots else []
+        write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
+        console.print(f"Model: {saved}\nReport: {page}", soft_wrap=True)
+
+    def _save(self, state: FederationState[Any]) -> Path:
+        """The model: a folder that transformers or peft loads, or the state dict of another module."""
+        module = self.federation.model(state)
+        source = self.federation.algorithm.task.model
+        if isinstance(source, Pretrained):
+            folder = self.out / "model"
+            save(module, folder, tokenizer(source.source) if source.kind.reads_text() else None)
+            return folder
+        path = self.out / "model.safetensors"
+        replace_file(path, codec.encode({name: tensor.detach() for name, tensor in module.state_dict().items()}))
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What the sites hold: a digest for the manifest, and the labels where there are classes."""
+
+    classes: tuple[str, ...]
+    digests: dict[str, str | None] = field(default_factory=dict)
+    labels: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def overview(self) -> Overview | None:
+        return overview(self.labels, self.classes) if self.labels else None
+
+
+def test_line(metrics: Mapping[str, float], examples: int) -> str:
+    """ "Test set: Average loss: 0.0321, Accuracy: 9897/10000 (98.97%)", without the accuracy for a regression."""
+    line = f"Test set: Average loss: {metrics['test_loss']:.4f}"
+    if "test_accuracy" in metrics:
+        accuracy = metrics["test_accuracy"]
+        line += f", Accuracy: {round(accuracy * examples)}/{examples} ({100 * accuracy:.2f}%)"
+    return line

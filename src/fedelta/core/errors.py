@@ -1,0 +1,37 @@
+"""The exception tree.
+
+A message is one sentence that names the value at fault and says what to do. The command line prints it without a
+traceback and exits with status 2; `--debug` shows the traceback.
+"""
+
+
+class FedeltaError(Exception):
+    """Anything that a user can mend; every other exception that escapes fedelta is a bug."""
+
+
+class BadInput(FedeltaError):
+    """Data, a file or an argument is not what it has to be."""
+
+
+class BadTensors(BadInput):
+    """Bytes, a vector or named tensors that do not have the promised form."""
+
+
+class BadExperiment(BadInput):
+    """An experiment file cannot be loaded or does not define what it has to."""
+
+
+class TrainingFailed(FedeltaError):
+    """A site could not finish its local work (its loss became NaN, say); the round goes on without it."""
+
+
+class TooFewSites(FedeltaError):
+    """Fewer sites answered than the program needs for a round."""
+
+
+class CannotResume(FedeltaError):
+    """A run folder does not fit the run that would continue it."""
+
+
+class UnsoundCombination(FedeltaError):
+    """Parts that do not hold together; raised when the program is built, before anything is sent."""

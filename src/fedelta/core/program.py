@@ -1,0 +1,114 @@
+"""Program, fleet, site, and the one loop that runs a program on a fleet."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from fedelta.core.examples import Examples
+from fedelta.core.memory import Memory
+from fedelta.core.messages import PartyId, Reply, Request
+
+S = TypeVar("S")
+
+
+class Sight(Enum):
+    """What the coordinator gets to see, and what a rule has to see."""
+
+    EACH = "each update"
+    SUM = "only the sum of the updates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What happened in one round; observers read nothing else."""
+
+    round: int  # from 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cohort: Sequence[PartyId] = ()
+    per_site: Mapping[PartyId, Mapping[str, float]] = field(default_factory=dict)  # where the coordinator sees them
+    absent: Mapping[PartyId, str] = field(default_factory=dict)  # site -> reason
+    bytes_down: int = 0  # over all sites, as encoded
+    bytes_up: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase
+    stop: str | None = None  # why the run ends with this round
+
+
+@dataclass(kw_only=True)
+class Site:
+    """A party that owns data, as its half of a program sees it.
+
+    `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds.
+    """
+
+    id: PartyId
+    data: Callable[[], "SiteData"]  # loads on the first call, then returns the same object
+    memory: Memory = field(default_factory=Memory)
+    scratch: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteData:
+    """What `site(name)` of an experiment gives: the training part, and the part that the site holds back."""
+
+    train: Examples
+    validation: Examples | None = None
+
+    @classmethod
+    def of(cls, data: "SiteData | Examples | tuple[Tensor, Tensor]") -> "SiteData":
+        """Site data from what `site(name)` may return: SiteData, Examples, or a pair of tensors (x, y)."""
+        return data if isinstance(data, SiteData) else cls(train=Examples.of(data))
+
+
+class Fleet(Protocol):
+    """The sites as the coordinator sees them; the only way to reach one."""
+
+    def parties(self) -> Sequence[PartyId]:
+        """The registered sites, connected or not, in a fixed order."""
+        ...
+
+    def submit(self, request: Request) -> None:
+        """Hand over a request. A site gets its requests in order and one at a time."""
+        ...
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | None:
+        """The next reply, in order of arrival; None after `timeout_s` seconds, or at once if nothing is outstanding.
+
+        Without a timeout it waits until a reply comes. Raises whatever bug a program's `handle` raised.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Withdraw a request; its reply, if one comes, is dropped. Unknown ids are ignored."""
+        ...
+
+
+class Program(Protocol[S]):
+    """Both halves of a protocol in one place."""
+
+    def init(self) -> S: ...
+
+    def finished(self, state: S) -> str | None:
+        """Why the run is over, in a few words; None while it goes on."""
+        ...
+
+    def step(self, state: S, fleet: Fleet) -> tuple[S, Report]:
+        """One round at the coordinator: a new state, and what happened."""
+        ...
+
+    def handle(self, request: Request, site: Site) -> Reply:
+        """One request at a site."""
+        ...
+
+
+def run(program: Program[S], fleet: Fleet, state: S | None = None) -> Iterator[tuple[S, Report]]:
+    """Run `program` on `fleet` until it is finished; yields the state and the report after every round.
+
+    Continues from `state` where one is given: the pair that it yields is all that a resume needs.
+    """
+    current = program.init() if state is None else state
+    while program.finished(current) is None:
+        current, report = program.step(current, fleet)
+        yield current, report

@@ -1,0 +1,97 @@
+"""Objectives: what a model is trained for, and how well it does.
+
+An objective turns model outputs and targets into a loss, and into sums over examples that can be added over batches and
+sites before they become metrics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedelta.core.errors import BadInput
+
+
+class Objective(Protocol):
+    def check(self, targets: Tensor) -> None:
+        """Raise BadInput if these targets cannot be learned."""
+        ...
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss over a batch: a scalar."""
+        ...
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Sums over the batch, as float64 scalars; always "examples" and "loss"."""
+        ...
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics from added sums; empty if there were no examples."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Cross-entropy over `classes`; outputs are logits [n, classes], targets class indices [n]. Reports accuracy."""
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise BadInput(f"Classification.classes must be >= 2, got {self.classes}")
+
+    def check(self, targets: Tensor) -> None:
+        if targets.dtype != torch.int64 or targets.ndim != 1:
+            raise BadInput(f"class labels are int64 of shape [n], got {targets.dtype} of shape {list(targets.shape)}")
+        if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < self.classes):
+            wrong = targets[(targets < 0) | (targets >= self.classes)][0]
+            raise BadInput(f"label {int(wrong)} is outside the classes 0..{self.classes - 1}")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        outputs = outputs.detach().float()
+        return {
+            "examples": torch.tensor(float(len(targets)), dtype=torch.float64),
+            "loss": functional.cross_entropy(outputs, targets, reduction="sum").double(),
+            "correct": (outputs.argmax(dim=-1) == targets).sum().double(),
+        }
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        n = sums.get("examples", 0.0)
+        return {"loss": sums["loss"] / n, "accuracy": sums["correct"] / n} if n else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Mean squared error; outputs [n] or [n, k] (a trailing dimension of 1 may be missing in either), targets alike.
+
+    Reports the loss (mean squared error over examples and dimensions) and the mean absolute error.
+    """
+
+    def check(self, targets: Tensor) -> None:
+        if not targets.is_floating_point() or not bool(torch.isfinite(targets).all()):
+            raise BadInput("regression targets are finite floating-point numbers")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(_matrix(outputs), _matrix(targets))
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        error = (_matrix(outputs).detach() - _matrix(targets)).double()
+        return {
+            "examples": torch.tensor(float(len(targets)), dtype=torch.float64),
+            "loss": error.square().mean(dim=1).sum(),
+            "absolute": error.abs().mean(dim=1).sum(),
+        }
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        n = sums.get("examples", 0.0)
+        return {"loss": sums["loss"] / n, "mae": sums["absolute"] / n} if n else {}
+
+
+def _matrix(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1)

@@ -1,0 +1,160 @@
+"""Local training and evaluation: what a site does with its own data."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedelta.core.errors import BadInput, TrainingFailed
+from fedelta.core.examples import Examples
+from fedelta.core.seeds import generator, seeded
+from fedelta.learning.flat import FlatModel
+from fedelta.learning.objectives import Objective
+from fedelta.learning.optimizers import Constant, Optimizer, Schedule
+from fedelta.learning.text import trim
+from fedelta.learning.tuning import train_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a site trains in one round. Exactly one of `epochs` and `steps` is given; the other is None."""
+
+    optimizer: Optimizer
+    batch: int = 32  # examples a step; the last batch of an epoch may be smaller (BatchNorm: not a single example)
+    epochs: int | None = 1
+    steps: int | None = None
+    clip: float | None = None  # L2 bound of a batch's gradient
+    schedule: Schedule = Constant()
+    bf16: bool = False  # autocast of the forward pass; weights stay float32
+    channels_last: bool = False  # memory format of image batches [n, c, h, w]
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise BadInput(f"Training needs epochs or steps, not both: got epochs={self.epochs}, steps={self.steps}")
+        for name in ("batch", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"Training.{name} must be >= 1, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise BadInput(f"Training.clip must be > 0, got {self.clip}")
+
+
+def train(
+    model: FlatModel,
+    examples: Examples,
+    objective: Objective,
+    training: Training,
+    *,
+    round: int,
+    seed: int,
+    proximal: float = 0.0,
+) -> dict[str, float]:
+    """Train `model` in place on `examples`; returns the sums of its objective over all steps, and "steps".
+
+    `seed` decides shuffling and dropout. `proximal` adds `proximal/2 * ||w - w_start||^2` to the loss, w_start being
+    the weights that the model came with. Raises TrainingFailed if the loss or a weight is no longer finite.
+    """
+    if len(examples) < model.least_batch:
+        have = "has no training examples" if not len(examples) else "has one training example, and BatchNorm needs two"
+        raise BadInput(f"this site {have}")
+    lr = training.optimizer.lr * training.schedule.factor(round)
+    optimizer = training.optimizer.make(model.weights, lr)
+    start = model.weights.detach().clone() if proximal else None
+    totals: dict[str, Tensor] = {}
+    steps = 0
+    train_mode(model.module)
+    with seeded(seed, "dropout"):
+        for rows in _batches(len(examples), training, seed, model.least_batch):
+            batch = _prepared(examples[rows], training)
+            model.gradient.zero_()
+            with _autocast(training):
+                outputs = predict(model.module, batch.inputs)
+                loss = objective.loss(outputs, batch.targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if start is not None:
+                model.gradient.add_(model.weights.detach() - start, alpha=proximal)
+            if training.clip is not None:
+                _clip(model.gradient, training.clip)
+            optimizer.step()
+            _add(totals, objective.measure(outputs, batch.targets))
+            steps += 1
+    sums = {name: float(value) for name, value in totals.items()}
+    if not math.isfinite(sums["loss"]) or not bool(torch.isfinite(model.weights).all()):
+        raise TrainingFailed(f"its loss became {sums['loss']} within {steps} steps at learning rate {lr:g}; lower it")
+    return sums | {"steps": float(steps)}
+
+
+@torch.no_grad()
+def evaluate(
+    model: FlatModel, examples: Examples, objective: Objective, training: Training, *, batch: int = 256
+) -> dict[str, float]:
+    """The sums of the objective over `examples`, with the model as it is and in evaluation mode."""
+    totals: dict[str, Tensor] = {}
+    model.module.eval()
+    for rows in torch.split(_by_length(examples), batch):
+        part = _prepared(examples[rows], training)
+        with _autocast(training):
+            outputs = predict(model.module, part.inputs)
+        _add(totals, objective.measure(outputs, part.targets))
+    return {name: float(value) for name, value in totals.items()}
+
+
+def predict(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model's outputs: what it returns, or the `logits` of what a Hugging Face model returns."""
+    outputs = module(inputs["x"]) if inputs.keys() == {"x"} else module(**inputs)
+    logits = getattr(outputs, "logits", outputs)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _batches(n: int, training: Training, seed: int, least: int) -> Iterator[Tensor]:
+    """Row indices of each step: one permutation an epoch; what is left of it, if fewer than `least`, is dropped."""
+    left = training.steps if training.steps is not None else math.inf
+    epoch = 0
+    while left > 0 and (training.epochs is None or epoch < training.epochs):
+        order = torch.randperm(n, generator=generator(seed, "batches", epoch))
+        for rows in torch.split(order, training.batch):
+            if left <= 0:
+                return
+            if len(rows) < least:
+                continue
+            yield rows
+            left -= 1
+        epoch += 1
+
+
+def _prepared(batch: Examples, training: Training) -> Examples:
+    inputs = {}
+    for name, tensor in trim(batch.inputs).items():
+        tensor = tensor.to(training.device)
+        if training.channels_last and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        inputs[name] = tensor
+    return Examples(inputs, batch.targets.to(training.device))
+
+
+def _autocast(training: Training) -> AbstractContextManager[None]:
+    if not training.bf16:
+        return nullcontext()
+    return torch.autocast(torch.device(training.device).type, dtype=torch.bfloat16)
+
+
+def _clip(gradient: Tensor, bound: float) -> None:
+    """Scale the gradient to an L2 norm of at most `bound` (Pascanu et al., ICML 2013)."""
+    norm = torch.linalg.vector_norm(gradient)
+    gradient.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def _by_length(examples: Examples) -> Tensor:
+    """Rows in order of their length, so that texts are padded little; as they come where there is no mask."""
+    mask = examples.inputs.get("attention_mask")
+    return torch.arange(len(examples)) if mask is None else mask.sum(dim=1).argsort(stable=True)

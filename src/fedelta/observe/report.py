@@ -1,0 +1,229 @@
+"""The HTML report: of one run, and of several methods compared over seeds."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from fedelta.core.errors import BadInput
+from fedelta.core.messages import Plain
+from fedelta.core.program import Report
+from fedelta.observe.intervals import Interval, interval
+from fedelta.observe.page import Page, Plot, Section, Table
+from fedelta.observe.plots import bytes_plot, comparison_bars, comparison_plot, metric_plot, seconds_plot
+from fedelta.observe.series import Method, Run, final, metric_names, rounds_to, series
+from fedelta.observe.text import bytes_text, is_share, metric_text, number_text, plural, quantity, seconds_text
+
+_ROWS = 50  # of a table by site; the run folder has the rest
+
+
+def run_page(
+    title: str,
+    run: Run,
+    *,
+    summary: Sequence[str] = (),
+    manifest: Mapping[str, Plain] | None = None,
+    sections: Sequence[Section] = (),
+) -> Page:
+    """The page of one run.
+
+    `sections` come between the results and the manifest: what each site holds, for instance. Raises BadInput for a run
+    without rounds.
+    """
+    if not run:
+        raise BadInput("a report needs at least one round; this run has none yet")
+    own = [_progress(run), _cost(run), _participation(run), _by_site(run)]
+    last = [_how(manifest)] if manifest else []
+    return Page(
+        title=title,
+        summary=summary or [_outcome(run)],
+        facts=_facts(run),
+        sections=[section for section in (*own, *sections, *last) if section is not None],
+        footer=_version(manifest),
+    )
+
+
+def comparison_page(
+    title: str,
+    methods: Sequence[Method],
+    *,
+    metric: str,
+    target: float | None = None,
+    summary: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+    manifest: Mapping[str, Plain] | None = None,
+) -> Page:
+    """The page that compares methods by `metric`, a metric of their reports of which more is better.
+
+    `target` is the value of the metric to which rounds are counted. `sections` come after the comparison.
+    """
+    if not methods:
+        raise BadInput("a comparison needs at least one method")
+    name = metric.replace("_", " ")
+    bars = Plot(
+        figure=comparison_bars(methods, metric),
+        caption=f"Final {name}: mean over the seeds, with its 95% interval. Grey: no federated rounds.",
+        wide=True,
+    )
+    compared = Section(heading="Comparison", tables=[comparison_table(methods, metric, target)], plots=[bars])
+    curves = []
+    if any(method.runs for method in methods):
+        shown = "mean over the seeds; the band is its 95% interval"
+        curves = [
+            Plot(figure=comparison_plot(methods, metric, "round"), caption=f"{name.capitalize()} by round: {shown}."),
+            Plot(
+                figure=comparison_plot(methods, metric, "bytes"), caption=f"{name.capitalize()} by bytes sent: {shown}."
+            ),
+        ]
+    progress = [Section(heading="Progress", plots=curves)] if curves else []
+    how = [_how(manifest)] if manifest else []
+    return Page(
+        title=title,
+        summary=summary,
+        sections=[compared, *progress, *sections, *how],
+        footer=_version(manifest),
+    )
+
+
+def comparison_table(methods: Sequence[Method], metric: str, target: float | None = None) -> Table:
+    """Method, score with its 95% interval, rounds to the target, bytes that a site sent and received."""
+    rows = []
+    for method in methods:
+        row = [method.name, interval_text(metric, interval(method.scores)), str(len(method.scores))]
+        if target is not None:
+            row.append(_rounds_text(method, metric, target))
+        rows.append([*row, *(bytes_text(i.mean) if i else "–" for i in (method.sent, method.received))])
+    goal = [] if target is None else [f"rounds to {metric_text(metric, target)}"]
+    header = [
+        "method",
+        f"{metric.replace('_', ' ')} (95% interval)",
+        "seeds",
+        *goal,
+        "sent per site",
+        "received per site",
+    ]
+    caption = "Rounds are the mean over the seeds, with the least and the most." if target is not None else ""
+    return Table(header=header, rows=rows, align="l" + "r" * (len(header) - 1), caption=caption)
+
+
+def interval_text(metric: str, value: Interval) -> str:
+    """ "87.3% ± 1.2", "0.4123 ± 0.0210"; the mean alone where there is no interval."""
+    text = metric_text(metric, value.mean)
+    if value.half is None:
+        return text
+    return f"{text} ± {100 * value.half:.1f}" if is_share(metric) else f"{text} ± {number_text(value.half)}"
+
+
+def _rounds_text(method: Method, metric: str, target: float) -> str:
+    if not method.runs:
+        return "–"
+    reached = [rounds for run in method.runs if (rounds := rounds_to(run, metric, target)) is not None]
+    if not reached:
+        return f"not in {max(run[-1].round for run in method.runs)}"
+    same = min(reached) == max(reached)
+    text = str(reached[0]) if same else f"{sum(reached) / len(reached):.1f} ({min(reached)}–{max(reached)})"
+    return text if len(reached) == len(method.runs) else f"{text}, {len(reached)} of {len(method.runs)} seeds"
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    finals = {name: final(run, name) for name in metric_names(run)}
+    facts = [(name.replace("_", " "), metric_text(name, value)) for name, value in finals.items() if value is not None]
+    total = sum(sum(report.seconds.values()) for report in run)
+    return [
+        *facts,
+        ("rounds", f"{run[-1].round:,}"),
+        ("sites that took part", f"{len(_turns(run)):,}"),
+        ("sent by all sites", bytes_text(sum(report.bytes_up for report in run))),
+        ("received by all sites", bytes_text(sum(report.bytes_down for report in run))),
+        ("time", seconds_text(total)),
+    ]
+
+
+def _outcome(run: Run) -> str:
+    stop = run[-1].stop
+    ended = f"It ended because {stop}." if stop else "It has not ended yet."
+    return f"{plural(len(run), 'round')} with {plural(len(_turns(run)), 'site')}. {ended}"
+
+
+def _turns(run: Run) -> Counter[str]:
+    """Site -> rounds in which it was asked and answered."""
+    return Counter(site for report in run for site in report.cohort if site not in report.absent)
+
+
+def _progress(run: Run) -> Section | None:
+    quantities = dict.fromkeys(quantity(name) for name in metric_names(run) if series(run, name))
+    plots = [Plot(figure=metric_plot(run, what), caption=f"{what.capitalize()} by round.") for what in quantities]
+    return Section(heading="Progress", plots=plots) if plots else None
+
+
+def _cost(run: Run) -> Section:
+    plots = [Plot(figure=bytes_plot(run), caption="Bytes on the wire, added up over the rounds.")]
+    if any(report.seconds for report in run):
+        plots.append(Plot(figure=seconds_plot(run), caption="Where the time of each round went."))
+    return Section(heading="Cost", plots=plots)
+
+
+def _participation(run: Run) -> Section:
+    missed: dict[str, list[Report]] = {}
+    for report in run:
+        for site in report.absent:
+            missed.setdefault(site, []).append(report)
+    if not missed:
+        return Section(heading="Absent sites", text=["Every site that was asked answered."])
+    turns = _turns(run)
+    ordered = sorted(missed.items(), key=lambda item: (-len(item[1]), item[0]))
+    rows = [
+        [site, str(len(reports)), str(turns[site]), str(reports[-1].round), reports[-1].absent[site]]
+        for site, reports in ordered[:_ROWS]
+    ]
+    header = ["site", "rounds missed", "rounds answered", "last missed", "reason given then"]
+    table = Table(header=header, rows=rows, align="lrrrl", caption=_rest(len(ordered), "absent"))
+    return Section(heading="Absent sites", tables=[table])
+
+
+def _by_site(run: Run) -> Section | None:
+    last = next((report for report in reversed(run) if report.per_site), None)
+    if last is None:
+        return None
+    names = list(dict.fromkeys(name for metrics in last.per_site.values() for name in metrics))
+    leading = next((name for name in names if is_share(name)), names[0])
+    worst_first = 1 if is_share(leading) else -1
+    ordered = sorted(last.per_site.items(), key=lambda item: (worst_first * item[1].get(leading, 0.0), item[0]))
+    turns = _turns(run)
+    rows = [
+        [site, *(metric_text(name, metrics[name]) if name in metrics else "–" for name in names), str(turns[site])]
+        for site, metrics in ordered[:_ROWS]
+    ]
+    table = Table(
+        header=["site", *(name.replace("_", " ") for name in names), "rounds answered"],
+        rows=rows,
+        align="l" + "r" * (len(names) + 1),
+        caption=_rest(len(ordered), "measured"),
+    )
+    text = f"The model after round {last.round} on what each site holds back, worst first."
+    return Section(heading="By site", text=[text], tables=[table])
+
+
+def _rest(count: int, what: str) -> str:
+    return f"{_ROWS} of the {count:,} sites that were {what}; rounds.jsonl has them all." if count > _ROWS else ""
+
+
+def _how(manifest: Mapping[str, Plain]) -> Section:
+    rows = [[name, text] for name, text in _flat("", dict(manifest))]
+    return Section(heading="How it was run", tables=[Table(header=["what", "value"], rows=rows, align="ll")])
+
+
+def _flat(where: str, plain: Plain) -> list[tuple[str, str]]:
+    """Dotted names and short texts; a branch with many leaves, such as a digest a site, becomes their number."""
+    if isinstance(plain, dict) and len(plain) <= _ROWS:
+        return [row for key, value in plain.items() for row in _flat(f"{where}.{key}" if where else key, value)]
+    if isinstance(plain, dict):
+        return [(where, f"{len(plain):,} entries; manifest.json has them")]
+    if isinstance(plain, list) and all(isinstance(item, str) for item in plain):
+        return [(where, " ".join(str(item) for item in plain))]
+    return [(where, plain if isinstance(plain, str) else json.dumps(plain))]
+
+
+def _version(manifest: Mapping[str, Plain] | None) -> str:
+    versions = (manifest or {}).get("versions")
+    number = versions.get("fedelta", "") if isinstance(versions, dict) else ""
+    return f"fedelta {number}".strip()

@@ -1,0 +1,233 @@
+"""`fedelta run` as a user would call it: in a process of its own, on an experiment file."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXPERIMENT = '''
+"""Six sites of three classes; BatchNorm and dropout."""
+import torch
+from torch import nn
+from fedelta import SGD, Classification, FedAdam, FedAvg, FedOpt, Federation, Fixed, Task, Training
+
+ROWS = 40
+BROKEN = ""
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 16), nn.BatchNorm1d(16)
+        self.drop, self.second = nn.Dropout(0.3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.second(self.drop(self.norm(self.first(x)).relu()))
+
+def program():
+    task = Task(model=Net, objective=Classification(classes=3))
+    client = FedAvg(task=task, training=Training(optimizer=SGD(lr=0.1), batch=8))
+    return Federation(algorithm=FedOpt(client=client, server=FedAdam(lr=0.03)), sampling=Fixed(size=4), rounds=6)
+
+def sites():
+    return [f"s{i}" for i in range(6)]
+
+def examples(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (n,), generator=g)
+    x = torch.randn(n, 6, generator=g)
+    x[torch.arange(n), y] += 2
+    return x, y
+
+def site(name):
+    if name == BROKEN:
+        raise FileNotFoundError(f"{name}.csv is not there")
+    return examples(int(name[1:]), ROWS)
+
+def test():
+    return examples(100, 200)
+'''
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    path = tmp_path / "exp.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from fedelta.cli.main import main; main()", *map(str, arguments)]
+
+
+def fedelta(*arguments: object, status: int = 0) -> str:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if status else done.stdout
+
+
+def model(out: Path) -> torch.Tensor:
+    return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(out / "model.safetensors").items())])
+
+
+def test_a_run_trains_reports_and_saves(experiment: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = fedelta("run", experiment, "--out", out, "--rounds", 8)
+    assert "Test set: Average loss: " in printed
+    line = next(line for line in printed.splitlines() if line.startswith("Test set"))
+    correct, total = map(int, line.split("Accuracy: ")[1].split(" ")[0].split("/"))
+    assert total == 200
+    assert correct > 120
+    reports = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert [report["round"] for report in reports] == list(range(1, 9))
+    assert reports[-1]["metrics"]["test_accuracy"] == correct / total
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    namespace: dict[str, object] = {}
+    exec(EXPERIMENT, namespace)
+    net = namespace["Net"]()  # type: ignore[operator]
+    net.load_state_dict(load_file(out / "model.safetensors"))
+    x, y = namespace["test"]()  # type: ignore[operator]
+    assert int((net.eval()(x).argmax(1) == y).sum()) == correct
+
+
+def test_workers_and_one_process_give_the_same_bits(experiment: Path, tmp_path: Path) -> None:
+    for workers in (0, 1, 3):
+        fedelta("run", experiment, "--out", tmp_path / f"w{workers}", "--workers", workers)
+    assert torch.equal(model(tmp_path / "w0"), model(tmp_path / "w1"))
+    assert torch.equal(model(tmp_path / "w0"), model(tmp_path / "w3"))
+    fedelta("run", experiment, "--out", tmp_path / "other", "--seed", 1)
+    assert not torch.equal(model(tmp_path / "w0"), model(tmp_path / "other"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_twenty_times_it_ends_with_the_same_bits(experiment: Path, tmp_path: Path) -> None:
+    """`kill -9` at a random moment, again and again, and --resume each time."""
+    rounds = 150
+    fedelta("run", experiment, "--out", tmp_path / "whole", "--rounds", rounds)
+    out = tmp_path / "killed"
+    moments = random.Random(0)
+    kills = resumed = 0
+    while kills < 20:
+        resume = ["--resume"] if (out / "manifest.json").exists() else []
+        resumed += bool(resume)
+        run = subprocess.Popen(
+            command("run", experiment, "--out", out, "--rounds", rounds, *resume),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "FEDELTA_COMMIT_EVERY_S": "0"},
+        )
+        began = time.monotonic()
+        # the first rounds of each attempt are waited for, so that the run advances
+        lines = _lines(out)
+        while run.poll() is None and _lines(out) < lines + 2 and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.05)
+        if run.poll() is not None:
+            break
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+    assert kills == 20
+    fedelta("run", experiment, "--out", out, "--rounds", rounds, "--resume")
+    assert torch.equal(model(tmp_path / "whole"), model(out))
+    reports = [json.loads(line)["round"] for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert reports == list(range(1, rounds + 1))
+
+
+def _lines(out: Path) -> int:
+    path = out / "rounds.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(experiment: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["run", experiment, "--out", out, "--rounds", 100000]
+    run = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while _lines(out) < 3 and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert "Continue with:" in stdout
+    assert "Traceback" not in stderr
+    kept = _lines(out)
+    printed = fedelta("run", experiment, "--out", out, "--rounds", kept + 1, "--resume")
+    assert f"Resumed after round {kept}." in printed
+    assert _lines(out) == kept + 1
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(experiment: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fedelta("run", experiment, "--out", out, "--rounds", 2)
+    before = model(out)
+    error = fedelta("run", experiment, "--out", out, "--rounds", 2, status=2)
+    assert "--resume" in error
+    assert torch.equal(model(out), before)
+    error = fedelta("run", experiment, "--out", out, "--resume", "--seed", 5, status=2)
+    assert "seed" in error
+    error = fedelta("run", experiment, "--out", out, "--resume", "--set", "ROWS=30", status=2)
+    assert "data" in error
+    experiment.write_text(EXPERIMENT.replace("nn.Linear(6, 16)", "nn.Linear(6, 17)").replace("Linear(16", "Linear(17"))
+    assert "experiment" in fedelta("run", experiment, "--out", out, "--resume", status=2)
+
+
+def test_a_site_without_its_data_is_absent_and_named(experiment: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = fedelta("run", experiment, "--out", out, "--set", "BROKEN=s2")
+    assert "s2 has no data" in printed
+    absent = [json.loads(line)["absent"] for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert any("s2.csv is not there" in reasons.get("s2", "") for reasons in absent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("def site(", "def sight("), "does not define site()"),
+        (("def program():", "def program():\n    raise KeyError('FOLDER')"), "KeyError: 'FOLDER' (when program()"),
+        (("import torch\n", "import torch, nowhere\n"), "No module named 'nowhere'"),
+        (("def sites():", "def sites()"), "SyntaxError"),
+        (('return [f"s{i}" for i in range(6)]', "return []"), "must give distinct names"),
+        (("return Federation(", "return dict("), "must return a Federation"),
+        (("lr=0.1", "lr=-1"), "SGD.lr must be"),
+        (("size=4", "size=40"), "40"),
+        (("lr=0.1", "lr=1e30"), "learning rate 1e+30"),
+    ],
+)
+def test_what_is_wrong_with_an_experiment_is_one_sentence(
+    experiment: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    assert change[0] in EXPERIMENT
+    experiment.write_text(EXPERIMENT.replace(*change))
+    error = fedelta("run", experiment, "--out", tmp_path / "out", status=2)
+    assert message in error
+    assert error.startswith("fedelta: ")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_wrong_arguments(experiment: Path, tmp_path: Path) -> None:
+    assert "there is no experiment file" in fedelta("run", tmp_path / "no.py", status=2)
+    assert "No such option" in fedelta("run", experiment, "--round", 3, status=2)
+    assert "no constant ROW" in fedelta("run", experiment, "--set", "ROW=3", status=2)
+    assert "needs a int" in fedelta("run", experiment, "--set", "ROWS=x", status=2)
+    assert "NAME=VALUE" in fedelta("run", experiment, "--set", "ROWS", status=2)
+    assert "no run to resume" in fedelta("run", experiment, "--out", tmp_path / "none", "--resume", status=2)
+    assert "No such command" in fedelta("fly", status=2)
+
+
+def test_debug_shows_the_traceback(experiment: Path) -> None:
+    experiment.write_text("1 / 0")
+    done = subprocess.run(command("run", experiment, "--debug"), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "ZeroDivisionError" in done.stderr
+    assert "Traceback" in done.stderr

@@ -1,0 +1,79 @@
+"""Runs that are really killed, and then continued, end as the run that was never disturbed: bit for bit."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedelta.observe.folder import RunFolder
+
+Killer = Callable[..., dict[str, Any]]
+ENDED = {"killed": False, "refused": False, "calls": 0}
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Killer]:
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("killed_run.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+
+    def start(folder: Path, rounds: int, commit_every_s: float = 0.0, **kill: float) -> dict[str, Any]:
+        command = {"folder": str(folder), "rounds": rounds, "commit_every_s": commit_every_s, **kill}
+        stdin.write(json.dumps(command) + "\n")
+        stdin.flush()
+        answer: dict[str, Any] = json.loads(stdout.readline())
+        return answer
+
+    yield start
+    stdin.close()
+    server.wait()
+    stdout.close()
+
+
+def same(folder: Path, undisturbed: Path) -> bool:
+    return all(
+        (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+        for name in ("rounds.jsonl", "state.safetensors")
+    )
+
+
+def test_two_processes_do_not_write_one_folder(start: Killer, tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, {"seed": 7}):
+        assert start(tmp_path, 1)["refused"]
+    assert start(tmp_path, 1) == ENDED
+
+
+@pytest.mark.parametrize("commit_every_s", [0.0, 0.01])
+def test_a_run_killed_twenty_times_in_a_row(start: Killer, tmp_path: Path, commit_every_s: float) -> None:
+    moments = random.Random(1)
+    for _ in range(20):
+        kill_after_s = moments.uniform(0, 0.05)
+        assert start(tmp_path / "killed", 10**9, commit_every_s, kill_after_s=kill_after_s)["killed"]
+    reached = (tmp_path / "killed" / "rounds.jsonl").read_bytes().count(b"\n")
+    assert start(tmp_path / "killed", reached + 3, commit_every_s=10) == ENDED
+    assert start(tmp_path / "undisturbed", reached + 3, commit_every_s=10) == ENDED
+    assert reached > 0
+    assert same(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_run_killed_after_each_call_that_touches_a_file(start: Killer, tmp_path: Path) -> None:
+    calls = start(tmp_path / "undisturbed", 2, kill_after_call=0)["calls"]
+    assert calls > 2 * 5  # a line, its sync, the new state, its sync and its new name, at least, for every round
+    for k in range(1, calls + 1):
+        folder = tmp_path / f"killed-{k}"
+        assert start(folder, 2, kill_after_call=k)["killed"]
+        again = start(folder, 2, kill_after_call=k)  # and where the first resume is, too
+        assert again["killed"] or again["calls"] < k
+        assert start(folder, 2) == ENDED
+        assert same(folder, tmp_path / "undisturbed"), f"killed after call {k} of {calls}"
