@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
@@ -191,10 +192,13 @@ def test_no_process_stays_behind(how: str, tmp_path: Path) -> None:
             os.killpg(demo.pid, signal.SIGINT)
         else:
             demo.kill()
-        _, errors = demo.communicate(timeout=60)  # ends when no process holds the pipes any more
+        _, errors = demo.communicate(timeout=60)
     if how == "interrupted":
         assert demo.returncode == 130
         assert errors.strip() == "fedelta: interrupted"
+    patience = time.monotonic() + 60
+    while _group(demo.pid) and time.monotonic() < patience:
+        time.sleep(0.05)
     assert _group(demo.pid) == []
 
 
@@ -229,7 +233,7 @@ def test_rounds_sentence_says_what_the_numbers_say() -> None:
     fewer = said([1, 2, 3], [6, 7, 9])
     assert fewer.startswith("The pre-trained start needed fewer rounds than training from scratch: 88.0%")
     assert "after 2 rounds on average with all weights" in fewer
-    assert "after 7.33 rounds on average from scratch" in fewer
+    assert "after 7.3 rounds on average from scratch" in fewer
     assert said([1], [None]).endswith(
         "after 1 round with all weights from that start, and not within 10 rounds from scratch."
     )
@@ -245,7 +249,7 @@ def test_accuracy_sentence_says_what_the_numbers_say() -> None:
     clear = accuracy_sentence(ways, alone=alone, pooled=pooled)
     assert clear.startswith("Every federated way from that start ends clearly above the mean site alone (80.0%)")
     assert "+16.0 ± 2.5 (all weights)" in clear
-    assert "the best of them, all weights, is at -1.0 ± 0.0 points from pooled training (97.0%)" in clear
+    assert "the best of them, all weights, ends 1.0 ± 0.0 points below pooled training (97.0%)" in clear
 
     noisy = ways | {"LoRA": [0.70, 0.99, 0.80]}  # above on average, but not by more than chance may give
     assert accuracy_sentence(noisy, alone=alone, pooled=pooled).startswith(
@@ -255,7 +259,7 @@ def test_accuracy_sentence_says_what_the_numbers_say() -> None:
     assert accuracy_sentence(worse, alone=alone, pooled=pooled).startswith("No federated way ends clearly above")
     single = accuracy_sentence({"LoRA": [0.9]}, alone=[0.8], pooled=[0.85])
     assert single.startswith("On one seed, which tells no spread, 1 of 1 federated ways")
-    assert "+5.0 points from pooled training" in single
+    assert "ends 5.0 points above pooled training" in single
 
 
 def test_results_take_the_mean_and_the_worst_over_sites() -> None:

@@ -1,7 +1,6 @@
 """`fedelta run` as a user would call it: in a process of its own, on an experiment file."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from fedelta.cli.main import main
 
 EXPERIMENT = '''
 """Six sites of three classes; BatchNorm and dropout."""
@@ -67,18 +68,31 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", "from fedelta.cli.main import main; main()", *map(str, arguments)]
 
 
-def fedelta(*arguments: object, status: int = 0) -> str:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if status else done.stdout
+class Fedelta:
+    """The command in this process: its exit status is checked, what it printed is returned."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *arguments: object, status: int = 0) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+        printed, errors = self.capfd.readouterr()
+        assert end.value.code == status, printed + errors
+        return errors if status else printed
+
+
+@pytest.fixture
+def fedelta(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fedelta:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return Fedelta(capfd)
 
 
 def model(out: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(out / "model.safetensors").items())])
 
 
-def test_a_run_trains_reports_and_saves(experiment: Path, tmp_path: Path) -> None:
+def test_a_run_trains_reports_and_saves(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = fedelta("run", experiment, "--out", out, "--rounds", 8)
     assert "Test set: Average loss: " in printed
@@ -100,7 +114,7 @@ def test_a_run_trains_reports_and_saves(experiment: Path, tmp_path: Path) -> Non
     assert int((net.eval()(x).argmax(1) == y).sum()) == correct
 
 
-def test_workers_and_one_process_give_the_same_bits(experiment: Path, tmp_path: Path) -> None:
+def test_workers_and_one_process_give_the_same_bits(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     for workers in (0, 1, 3):
         fedelta("run", experiment, "--out", tmp_path / f"w{workers}", "--workers", workers)
     assert torch.equal(model(tmp_path / "w0"), model(tmp_path / "w1"))
@@ -111,7 +125,7 @@ def test_workers_and_one_process_give_the_same_bits(experiment: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_twenty_times_it_ends_with_the_same_bits(experiment: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times_it_ends_with_the_same_bits(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     """`kill -9` at a random moment, again and again, and --resume each time."""
     rounds = 150
     fedelta("run", experiment, "--out", tmp_path / "whole", "--rounds", rounds)
@@ -125,7 +139,6 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(experiment: Path, tmp_pa
             command("run", experiment, "--out", out, "--rounds", rounds, *resume),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "FEDELTA_COMMIT_EVERY_S": "0"},
         )
         began = time.monotonic()
         # the first rounds of each attempt are waited for, so that the run advances
@@ -150,7 +163,7 @@ def _lines(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(experiment: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["run", experiment, "--out", out, "--rounds", 100000]
     run = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -167,7 +180,9 @@ def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(experiment: Path, tmp_pat
     assert _lines(out) == kept + 1
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(experiment: Path, tmp_path: Path) -> None:
+def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(
+    fedelta: Fedelta, experiment: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     fedelta("run", experiment, "--out", out, "--rounds", 2)
     before = model(out)
@@ -182,7 +197,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(experi
     assert "experiment" in fedelta("run", experiment, "--out", out, "--resume", status=2)
 
 
-def test_a_site_without_its_data_is_absent_and_named(experiment: Path, tmp_path: Path) -> None:
+def test_a_site_without_its_data_is_absent_and_named(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = fedelta("run", experiment, "--out", out, "--set", "BROKEN=s2")
     assert "s2 has no data" in printed
@@ -205,7 +220,7 @@ def test_a_site_without_its_data_is_absent_and_named(experiment: Path, tmp_path:
     ],
 )
 def test_what_is_wrong_with_an_experiment_is_one_sentence(
-    experiment: Path, tmp_path: Path, change: tuple[str, str], message: str
+    fedelta: Fedelta, experiment: Path, tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     assert change[0] in EXPERIMENT
     experiment.write_text(EXPERIMENT.replace(*change))
@@ -215,7 +230,7 @@ def test_what_is_wrong_with_an_experiment_is_one_sentence(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_wrong_arguments(experiment: Path, tmp_path: Path) -> None:
+def test_wrong_arguments(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     assert "there is no experiment file" in fedelta("run", tmp_path / "no.py", status=2)
     assert "No such option" in fedelta("run", experiment, "--round", 3, status=2)
     assert "no constant ROW" in fedelta("run", experiment, "--set", "ROW=3", status=2)

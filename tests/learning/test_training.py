@@ -19,7 +19,7 @@ class Small(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)  # BatchNorm leaves a bias no gradient but noise
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)  # BatchNorm leaves a bias no gradient but noise
         self.norm = nn.BatchNorm2d(4)
         self.first = nn.Linear(64, 64)
         self.second = nn.Linear(64, 64)
@@ -38,9 +38,9 @@ def small(dropout: float = 0.0, seed: int = 0) -> Small:
     return Small(dropout)
 
 
-def examples(n: int = 25) -> Examples:
+def examples(n: int = 26) -> Examples:
     g = torch.Generator().manual_seed(1)
-    return Examples.of((torch.randn(n, 1, 4, 4, generator=g), torch.randint(0, 3, (n,), generator=g)))
+    return Examples.of((torch.randn(n, 2, 4, 4, generator=g), torch.randint(0, 3, (n,), generator=g)))
 
 
 def slow_training(
@@ -91,7 +91,7 @@ def test_training_equals_pytorch_tensor_by_tensor(
     optimizer: Optimizer, changes: dict[str, int], proximal: float, dropout: float
 ) -> None:
     training = Training(optimizer=optimizer, batch=8, **changes)  # type: ignore[arg-type]
-    flat = FlatModel(small(dropout))
+    flat = FlatModel(small(dropout), channels_last=training.channels_last)
     train(flat, examples(), Classification(classes=3), training, round=1, seed=5, proximal=proximal)
     reference = small(dropout)
     slow_training(reference, examples(), training, 5, optimizer.lr, proximal)
@@ -109,6 +109,17 @@ def test_a_loaded_model_trains_as_if_it_were_new() -> None:
         ends.append(flat.read().vector)
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], start.vector)
+
+
+def test_channels_last_is_a_matter_of_memory_alone() -> None:
+    plain, last = FlatModel(small()), FlatModel(small(), channels_last=True)
+    assert last.module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain.read().vector, last.read().vector)
+    values = plain.read().like(torch.arange(float(plain.layout.size)))
+    for model in (plain, last):
+        model.load(values)
+    assert torch.equal(plain.module.conv.weight, last.module.conv.weight)
+    assert torch.equal(last.read().vector, values.vector)
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:
@@ -168,7 +179,7 @@ def test_a_loss_that_is_no_number_is_a_failure_of_the_site() -> None:
 def test_a_batch_of_one_is_left_out_where_batchnorm_could_not_take_it() -> None:
     training = Training(optimizer=SGD(lr=0.1), batch=8)
     assert train(FlatModel(small()), examples(25), Classification(classes=3), training, round=1, seed=0)["steps"] == 3
-    linear = FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+    linear = FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(32, 3)))
     assert train(linear, examples(25), Classification(classes=3), training, round=1, seed=0)["steps"] == 4
     with pytest.raises(BadInput, match="one training example"):
         train(FlatModel(small()), examples(1), Classification(classes=3), training, round=1, seed=0)

@@ -57,7 +57,7 @@ def delta(task: Task, training: Training, incoming: Incoming, site: Site, *, pro
     """Train from the broadcast on the site's data: the difference, weighted by its number of examples."""
     data = site.data().train
     task.check(data)
-    model = task.flat(incoming.seed, training.device)
+    model = task.flat(incoming.seed, training.device, channels_last=training.channels_last)
     start = Parameters(model.layout, incoming.tensors["parameters"])
     model.load(start)
     sums = train(

@@ -27,6 +27,7 @@ from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.seeds import derive
 from fedelta.core.threads import intra_op_threads
+from fedelta.learning.flat import FlatModel
 from fedelta.learning.training import evaluate
 
 S = TypeVar("S")
@@ -164,15 +165,17 @@ class Federation(Generic[S]):
         sums: Mapping[str, float] = {}
         if held_back is not None and len(held_back):
             self.algorithm.task.check(held_back)
-            model = self.algorithm.task.flat(self.seed, self.algorithm.training.device)
-            sums = self._measure(Parameters(model.layout, request.shared["parameters"]), held_back)
+            sums = self._measure(Parameters(self._working_copy().layout, request.shared["parameters"]), held_back)
         return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
 
     def _measure(self, parameters: Parameters, examples: Examples) -> dict[str, float]:
-        task, training = self.algorithm.task, self.algorithm.training
-        model = task.flat(self.seed, training.device)
+        model = self._working_copy()
         model.load(parameters)
-        return evaluate(model, examples, task.objective, training)
+        return evaluate(model, examples, self.algorithm.task.objective, self.algorithm.training)
+
+    def _working_copy(self) -> FlatModel:
+        training = self.algorithm.training
+        return self.algorithm.task.flat(self.seed, training.device, channels_last=training.channels_last)
 
     def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}

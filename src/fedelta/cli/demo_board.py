@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedelta.cli.demo_methods import WAYS, Job, Way
 from fedelta.core.program import Report
-from fedelta.observe.text import metric_text, plural, seconds_text
+from fedelta.observe.text import metric_text, plural
 
 _REDRAW_S = 0.1
 _BAR = 16  # characters
@@ -84,7 +84,7 @@ class Board:
         table.add_column("now", no_wrap=True, overflow="ellipsis")
         for way in WAYS:
             self._add_row(table, way)
-        spent = seconds_text(round(time.monotonic() - self._began))
+        spent = f"{time.monotonic() - self._began:.0f} s"
         done = sum(self._round.values())
         table.add_row(Text(spent, style="dim"), self._bar(done, self._jobs), self._count(self._finished, self._jobs))
         return table

@@ -136,10 +136,12 @@ def accuracy_sentence(
     """Whether federated training beats the mean site alone: final accuracies in [0, 1], per seed."""
     gains = {name: _difference(values, alone) for name, values in federated.items()}
     best = max(federated, key=lambda name: interval(federated[name]).mean)
-    listed = ", ".join(f"{_signed(gain)} ({name})" for name, gain in gains.items())
+    behind = _difference(pooled, federated[best])
+    side = "below" if behind.mean >= 0 else "above"
+    listed = ", ".join(f"{_points(gain, '+')} ({name})" for name, gain in gains.items())
     return (
         f"{_verdict(gains)} ({metric_text(METRIC, interval(alone).mean)}): {listed} points; the best of them, {best}, "
-        f"is at {_signed(_difference(federated[best], pooled))} points from pooled training "
+        f"ends {_points(behind).removeprefix('-')} points {side} pooled training "
         f"({metric_text(METRIC, interval(pooled).mean)})."
     )
 
@@ -219,9 +221,9 @@ def _ways(results: Results) -> Section:
         ]
         for way in WAYS
     ]
-    header = ["method", "trains on", "start", "what is trained", "learning rate", "bytes a site sends a round"]
+    header = ["method", "trains on", "start", "what is trained", "learning rate", "bytes sent per round"]
     text = (
-        f"SGD with momentum 0.9 and batches of {BATCH}; the learning rate of each way was chosen on other seeds. "
+        f"SGD with momentum 0.9 and batches of {BATCH}; each way's learning rate was chosen on other seeds. "
         f"Pre-training makes {EPOCHS * PRETRAINING_ROUNDS} passes."
     )
     return Section(heading="What was compared", text=[text], tables=[Table(header=header, rows=rows, align="llllrr")])
@@ -251,18 +253,19 @@ def _difference(values: Sequence[float], others: Sequence[float]) -> Interval:
     return interval([value - other for value, other in zip(values, others, strict=True)])
 
 
-def _signed(points: Interval) -> str:
-    """ "+21.3 ± 4.0", in percentage points."""
-    return f"{100 * points.mean:+.1f}" + ("" if points.half is None else f" ± {100 * points.half:.1f}")
+def _points(difference: Interval, sign: str = "-") -> str:
+    """ "21.3 ± 4.0", in percentage points."""
+    mean = f"{100 * difference.mean:{sign}.1f}"
+    return mean if difference.half is None else f"{mean} ± {100 * difference.half:.1f}"
 
 
 def _when(reached: Sequence[int | None], rounds: int) -> str:
-    """ "after 2.3 rounds on average", "after 2 rounds", "in none of 10 rounds", "after 7 rounds by 2 of 3 seeds"."""
+    """ "after 2.3 rounds on average", "not within 10 rounds", "after 7 rounds by 2 of 3 seeds only"."""
     known = [round for round in reached if round is not None]
     if not known:
         return f"not within {plural(rounds, 'round')}"
     mean = sum(known) / len(known)
-    text = f"after {mean:.3g} round{'s' * (mean != 1)}"
+    text = f"after {f'{mean:.1f}'.removesuffix('.0')} round{'s' * (mean != 1)}"
     if len(known) < len(reached):
         return f"{text} by {len(known)} of {len(reached)} seeds only"
     return f"{text} on average" if len(known) > 1 else text

@@ -23,9 +23,6 @@ _COMMANDS = {
 class _Lazy(click.Group):
     """Imports the module of a command when the command is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
-
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
@@ -38,7 +35,12 @@ class _Lazy(click.Group):
             formatter.write_dl(sorted(_COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+# The commands given here are their names alone, from which click suggests the closest.
+@click.group(
+    cls=_Lazy,
+    commands={name: click.Command(name) for name in _COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="fedelta")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not debug:
         warnings.simplefilter("ignore", FutureWarning)
     try:
-        cli.main(arguments, standalone_mode=False)
+        cli.main(arguments, prog_name="fedelta", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -1,6 +1,6 @@
 """One simulation with its run folder, progress, report and saved model: what `run` and `finetune` share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,11 +53,12 @@ class Simulation:
         if self.resume and not self.out.is_dir():
             raise CannotResume(f"there is no run to resume in {self.out}; start one without --resume")
         held = self._load_sites(console)
+        start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
         with self._folder(digests=held.digests) as folder:
-            state, reports = folder.resume(self.federation.init()) if self.resume else (None, [])
-            self._announce(console, held, state)
-            state = self._rounds(folder, state, reports, console)
-            if state is not None and reports:
+            state, reports = folder.resume(start) if self.resume else (None, [])
+            self._announce(console, held, state or start, reports)
+            state = self._rounds(folder, state or start, reports, console)
+            if reports:
                 console.print(f"Ended after round {state.round}: {self.federation.finished(state)}.")
                 self._conclude(folder, state, reports, held, console)
 
@@ -71,7 +72,7 @@ class Simulation:
                     data = self.sites(name)
                 except (FedeltaError, OSError) as error:
                     held.digests[name] = None
-                    console.print(f"[yellow]{name} has no data: {error}[/]", soft_wrap=True)
+                    console.print(f"{name} has no data: {error}", style="yellow", markup=False, soft_wrap=True)
                     continue
                 held.digests[name] = digest(
                     [part.digest() for part in (data.train, data.validation) if part is not None]
@@ -87,7 +88,7 @@ class Simulation:
             "title": self.title,
             "experiment": digest(self.federation),
             "seed": self.federation.seed,
-            "data": {"sites": digest(digests), "test": test.digest() if test is not None else None},
+            "data": {"sites": dict(digests), "test": test.digest() if test is not None else None},
             "plan": {
                 "threads": THREADS,
                 "sites": "one by one",
@@ -101,23 +102,26 @@ class Simulation:
             folder.check_same(manifest)
             yield folder
 
-    def _announce(self, console: Console, held: "_Held", state: FederationState[Any] | None) -> None:
+    def _announce(
+        self, console: Console, held: "_Held", state: FederationState[Any], reports: Sequence[Report]
+    ) -> None:
         overview = held.overview()
-        if overview is not None and state is None:
+        if overview is not None and not reports:
             console.print(overview.table())
-        layout = self.federation.algorithm.parameters((state or self.federation.init()).algorithm).layout
+        layout = self.federation.algorithm.parameters(state.algorithm).layout
         console.print(
             f"{self.title}: {len(self.sites.names)} sites, {layout.size:,} parameters travel "
-            f"({bytes_text(4 * layout.size)} each way), {self.federation.rounds} rounds, seed {self.federation.seed}"
+            f"({bytes_text(4 * layout.size)} each way), {self.federation.rounds} rounds, seed {self.federation.seed}",
+            markup=False,
         )
-        if state is not None:
+        if reports:
             console.print(f"Resumed after round {state.round}.")
         elif self.resume:
             console.print("Nothing was committed before the run was stopped; it starts anew.")
 
     def _rounds(
-        self, folder: RunFolder, state: FederationState[Any] | None, reports: list[Report], console: Console
-    ) -> FederationState[Any] | None:
+        self, folder: RunFolder, state: FederationState[Any], reports: list[Report], console: Console
+    ) -> FederationState[Any]:
         progress = Progress(self.federation.rounds, done=len(reports), console=console)
         try:
             with self._fleet() as fleet, progress:
@@ -128,7 +132,9 @@ class Simulation:
                     progress.show(report)
         except KeyboardInterrupt:
             console.print(
-                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.again}", soft_wrap=True
+                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.again}",
+                markup=False,
+                soft_wrap=True,
             )
             raise click.Abort from None
         finally:
@@ -164,7 +170,7 @@ class Simulation:
         plots = [] if overview is None else [Plot(figure=overview.plot(), caption="Rows by class and site.", wide=True)]
         sections = [Section(heading="What each site holds", plots=plots)] if plots else []
         write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
-        console.print(f"Model: {saved}\nReport: {page}", soft_wrap=True)
+        console.print(f"Model: {saved}\nReport: {page}", markup=False, soft_wrap=True)
 
     def _save(self, state: FederationState[Any]) -> Path:
         """The model: a folder that transformers or peft loads, or the state dict of another module."""

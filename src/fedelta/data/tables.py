@@ -75,14 +75,14 @@ def text_and_labels(
     column; otherwise the values there are, sorted (numbers as numbers). Labels are compared by name: 3, 3.0 and "3" are
     one class.
 
-    Raises BadInput for an unknown column, an empty table, missing values, fewer than two classes, or a label outside
-    `classes`.
+    Raises BadInput for an unknown column, an empty table, missing values, a blank text, fewer than two classes, or a
+    label outside `classes`.
     """
     columns = (text,) if isinstance(text, str) else tuple(text)
     if not columns:
         raise BadInput("name at least one text column")
     for column in (*columns, label):
-        _check_column(table, column)
+        check_column(table, column)
     if not len(table):
         raise BadInput("the table has no rows")
     for column in columns:
@@ -104,7 +104,11 @@ def text_and_labels(
             f"{_listed(known)}"
         )
     parts = [[str(value) for value in table[column]] for column in columns]
-    return [" ".join(row) for row in zip(*parts, strict=True)], indices, known
+    texts = [" ".join(row) for row in zip(*parts, strict=True)]
+    blank = next((row for row, joined in enumerate(texts) if not joined.strip()), None)
+    if blank is not None:
+        raise BadInput(f"the text in row {blank} (counted from 0) is blank; fill it in or drop the row")
+    return texts, indices, known
 
 
 def _classes(table: "pandas.DataFrame", label: str, names: list[str]) -> tuple[str, ...]:
@@ -112,7 +116,8 @@ def _classes(table: "pandas.DataFrame", label: str, names: list[str]) -> tuple[s
     return tuple(in_order(names) if categories is None else (name_of(value) for value in categories))
 
 
-def _check_column(table: "pandas.DataFrame", column: str) -> None:
+def check_column(table: "pandas.DataFrame", column: str) -> None:
+    """Raise BadInput, with the closest name that there is, unless the table has this column."""
     if column in table.columns:
         return
     there = [str(name) for name in table.columns]

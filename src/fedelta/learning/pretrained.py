@@ -116,12 +116,15 @@ class Pretrained:
 def tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; one without a padding token pads with its end-of-text token.
 
+    Its `model_max_length` is no more than the positions in the model's config.json, which many tokenizers do not know.
     Raises BadInput if `source` has no tokenizer.
     """
     from transformers import AutoTokenizer
 
     with _quiet(), _sentence(f"no tokenizer could be loaded from {source!r}"):
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_located(source))
+        located = _located(source)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located)
+        loaded.model_max_length = min(loaded.model_max_length, _positions(located, loaded.model_max_length))
     if loaded.pad_token is None:
         if loaded.eos_token is None:
             raise BadInput(f"the tokenizer of {source!r} has neither a padding nor an end-of-text token; add one to it")
@@ -170,6 +173,18 @@ def save(
             tokenizer.save_pretrained(part)
     (part / _MARK).write_text(json.dumps({"format": "adapter" if (part / "adapter_config.json").exists() else "model"}))
     _replace(part, target)
+
+
+def _positions(located: str, unknown: int) -> int:
+    """The positions of a model, from its configuration; `unknown` where that is not there or does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(located).get_text_config()
+    except (OSError, ValueError):
+        return unknown
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else unknown  # XLNet's is -1
 
 
 def _check_replaceable(target: Path) -> None:

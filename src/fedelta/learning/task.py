@@ -28,12 +28,12 @@ class Task:
         with seeded(seed, "model"):
             return self.model()
 
-    def flat(self, seed: int, device: torch.device | str = "cpu") -> FlatModel:
+    def flat(self, seed: int, device: torch.device | str = "cpu", *, channels_last: bool = False) -> FlatModel:
         """This process's working copy of the model: built once, and overwritten by whoever loads into it."""
         copies = _working_copies.setdefault(self, {})
-        key = (seed, str(device))
+        key = (seed, str(device), channels_last)
         if key not in copies:
-            copies[key] = FlatModel(self.build(seed), device)
+            copies[key] = FlatModel(self.build(seed), device, channels_last=channels_last)
         return copies[key]
 
     def check(self, examples: Examples) -> None:
@@ -41,4 +41,4 @@ class Task:
         self.objective.check(examples.targets)
 
 
-_working_copies: WeakKeyDictionary[Task, dict[tuple[int, str], FlatModel]] = WeakKeyDictionary()
+_working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()

@@ -29,7 +29,7 @@ class Training:
     clip: float | None = None  # L2 bound of a batch's gradient
     schedule: Schedule = Constant()
     bf16: bool = False  # autocast of the forward pass; weights stay float32
-    channels_last: bool = False  # memory format of image batches [n, c, h, w]
+    channels_last: bool = False  # memory format of images and filters, [n, c, h, w]: faster convolutions
     device: str = "cpu"
 
     def __post_init__(self) -> None:

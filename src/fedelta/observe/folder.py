@@ -119,7 +119,7 @@ class RunFolder:
         """Raise CannotResume unless `manifest` has the same experiment, seed, data and plan as this run."""
         mine = {key: self.manifest[key] for key in IDENTITY if key in self.manifest}
         other = {key: manifest[key] for key in IDENTITY if key in manifest}
-        differing = list(differences(mine, other))
+        differing = sorted(differences(mine, other), key=lambda found: IDENTITY.index(found[0].partition(".")[0]))
         if differing:
             where, old, new = differing[0]
             more = f" (and {plural(len(differing) - 1, 'more difference')})" if len(differing) > 1 else ""

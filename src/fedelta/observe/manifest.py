@@ -12,7 +12,7 @@ from pathlib import Path
 from fedelta import __version__
 from fedelta.core.messages import Plain
 
-IDENTITY = ("experiment", "seed", "data", "plan")  # what has to be equal for the same bits
+IDENTITY = ("seed", "plan", "data", "experiment")  # what has to be equal for the same bits; digests tell least
 
 
 def environment() -> dict[str, Plain]:
