@@ -224,6 +224,9 @@ def test_mistakes_in_a_table() -> None:
         text_and_labels(table, "full", "same")
     with pytest.raises(BadInput, match="no rows"):
         text_and_labels(table[:0], "text", "label")
+    blank = pandas.DataFrame({"title": ["a", " "], "text": ["b", ""], "label": [1, 2]})
+    with pytest.raises(BadInput, match=r"the text in row 1 \(counted from 0\) is blank"):
+        text_and_labels(blank, ["title", "text"], "label")
     wide = pandas.DataFrame({f"{'long ' * 20}{number}": [1] for number in range(50)})
     with pytest.raises(BadInput, match=r"50 in all") as caught:
         text_and_labels(wide, "text", "label")

@@ -186,6 +186,13 @@ def test_a_model_without_padding_token_gets_the_tokenizers(gpt2):
     assert model.config.pad_token_id == tokenizer(str(gpt2)).eos_token_id
 
 
+def test_a_tokenizer_knows_how_much_its_model_reads(gpt2, gpt2_tokenizer, tmp_path):
+    assert gpt2_tokenizer.model_max_length > 16
+    assert tokenizer(str(gpt2)).model_max_length == 16
+    gpt2_tokenizer.save_pretrained(tmp_path / "alone")
+    assert tokenizer(str(tmp_path / "alone")).model_max_length == gpt2_tokenizer.model_max_length
+
+
 def test_loading_prints_nothing_and_restores_what_it_silenced(bert, caplog, capfd):
     from transformers.utils import logging as output
 

@@ -56,7 +56,7 @@ def command(out: Path, seeds: int, rounds: int, workers: int) -> None:
 
 
 def _prepare(out: Path) -> None:
-    """Make sure that the folder can be written into before an hour of work is lost, and that it is nobody else's."""
+    """Make sure, before the work, that the folder is there and nobody else's."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / _NUMBERS).is_file():

@@ -4,14 +4,12 @@ Here are the options and which of them go together; the work is in `finetune_job
 """
 
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fedelta.cli.options import simulation_options
+from fedelta.cli.options import RunSettings, simulation_options
 
 _ADAPTIVE = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")  # the algorithms with a server optimiser
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -49,7 +47,14 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     help="What is trained and sent: all weights, the head, or LoRA factors and the head.",
 )
 @click.option("--rank", type=click.IntRange(1), metavar="R", show_default="8", help="Of the LoRA factors.")
-@click.option("--rounds", type=click.IntRange(1), metavar="N", default=5, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    metavar="N",
+    default=5,
+    show_default=True,
+    help="Times that the model goes out to the sites.",
+)
 @click.option(
     "--epochs", type=click.IntRange(1), metavar="N", default=1, show_default=True, help="At each site in each round."
 )
@@ -100,10 +105,8 @@ def command(**options: Any) -> None:
     _check(options)
     from fedelta.cli.finetune_job import FineTuning
 
-    again = f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume"
-    out, resume, workers = options.pop("out"), options.pop("resume"), options.pop("workers")
-    job = FineTuning(**{name: value for name, value in options.items() if value is not None})
-    job.run(out or Path("runs/finetune"), resume=resume, workers=workers, again=again)
+    settings = RunSettings.take(options, Path("runs/finetune"))
+    FineTuning(**{name: value for name, value in options.items() if value is not None}).run(settings)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -112,11 +115,15 @@ def _check(options: dict[str, Any]) -> None:
     tune, algorithm = options["tune"], options["algorithm"]
     for wrong, sentence in (
         (
-            ("split_by" in given) == ("sites" in given),
+            not {"split_by", "sites"} & given,
             "Say how the rows are split: --split-by COLUMN for natural sites, or --sites N to simulate them.",
         ),
         (
-            "alpha" in given and "split_by" in given,
+            {"split_by", "sites"} <= given,
+            "--split-by is for natural sites and --sites for simulated ones; leave one of them out.",
+        ),
+        (
+            {"split_by", "alpha"} <= given,
             "--alpha is for simulated sites (--sites); with --split-by the column decides.",
         ),
         (
@@ -132,8 +139,10 @@ def _check(options: dict[str, Any]) -> None:
             "server_lr" in given and algorithm not in _ADAPTIVE,
             f"--server-lr has no effect with --algorithm {algorithm}; it is for {', '.join(_ADAPTIVE)}.",
         ),
-        # not a number is in every range
-        *((math.isnan(value), f"{name} is not a number.") for name, value in options.items() if type(value) is float),
+        *(  # click takes "nan" for a number in any range
+            (isinstance(value, float) and math.isnan(value), f"--{name.replace('_', '-')} is not a number.")
+            for name, value in options.items()
+        ),
     ):
         if wrong:
             raise click.UsageError(sentence)

@@ -21,6 +21,7 @@ from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedY
 from fedelta.algorithms.fedprox import FedProx
 from fedelta.algorithms.sampling import All, Fixed
 from fedelta.cli.experiment import Sites
+from fedelta.cli.options import RunSettings
 from fedelta.cli.simulate import Simulation
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
@@ -86,8 +87,8 @@ class FineTuning:
     per_round: int | None = None
     seed: int = 0
 
-    def run(self, out: Path, *, resume: bool, workers: int, again: str) -> None:
-        """Simulate it into the folder `out`. Raises BadInput, before anything is written, if it cannot be done."""
+    def run(self, settings: RunSettings) -> None:
+        """Simulate it. Raises BadInput, before anything is written, if it cannot be done."""
         training = Training(
             optimizer=AdamW(lr=self.lr or _RATES[self.tune]),
             batch=self.batch,
@@ -95,7 +96,7 @@ class FineTuning:
             clip=1.0,
             bf16=self.bf16,
         )
-        data = self._read()
+        data = self.read()
         federation: Federation[Any] = Federation(
             algorithm=self._algorithm(training, data.classes),
             rounds=self.rounds,
@@ -110,11 +111,8 @@ class FineTuning:
                 load=lambda name: data.examples[torch.from_numpy(data.sites[name])],
                 names=list(data.sites),
             ),
-            out=out,
-            resume=resume,
-            workers=workers,
+            settings=settings,
             classes=data.classes,
-            again=again,
         ).run()
 
     def _algorithm(self, training: Training, classes: tuple[str, ...]) -> Algorithm[Any]:
@@ -131,7 +129,9 @@ class FineTuning:
         return FedOpt(client=client, server=_SERVERS[self.algorithm](**settings))
 
     def _tuning(self) -> Tuning:
-        return {"full": Full(), "head": Head(), "lora": LoRA(rank=self.rank)}[self.tune]
+        if self.tune == "lora":
+            return LoRA(rank=self.rank)
+        return Head() if self.tune == "head" else Full()
 
     def _sampling(self, sites: int) -> All | Fixed:
         if self.per_round is None:
@@ -140,7 +140,8 @@ class FineTuning:
             raise BadInput(f"--per-round {self.per_round} is more than the {sites} sites that there are; ask fewer")
         return Fixed(size=self.per_round)
 
-    def _read(self) -> Data:
+    def read(self) -> Data:
+        """The rows, tokenised, and which site has which. Raises BadInput for anything wrong with them."""
         tokens = tokenizer(self.model)
         reads = tokens.model_max_length
         if self.max_length is not None and self.max_length > reads:
@@ -195,7 +196,8 @@ class FineTuning:
         empty = [name for name, rows in sites.items() if not len(rows)]
         if empty:
             shown = ", ".join(empty[:_NAMES_SHOWN]) + (", …" if len(empty) > _NAMES_SHOWN else "")
-            click.echo(f"{len(empty)} of {len(sites)} sites take no part, all their rows being test rows: {shown}")
+            take, their = ("takes", "its") if len(empty) == 1 else ("take", "their")
+            click.echo(f"{len(empty)} of {len(sites)} sites {take} no part, all {their} rows being test rows: {shown}")
         return {name: rows for name, rows in sites.items() if len(rows)}
 
 

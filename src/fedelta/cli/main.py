@@ -4,6 +4,7 @@ Every user error is one sentence on standard error and exit status 2 (130 after 
 Commands load on first use, so that `fedelta --help` answers without importing PyTorch.
 """
 
+import logging
 import sys
 import warnings
 from importlib import import_module
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     if not debug:
         warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache, at length
     try:
         cli.main(arguments, prog_name="fedelta", standalone_mode=False)
     except click.ClickException as error:
@@ -68,4 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"fedelta: {error}", err=True)
         sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        said = next(iter(str(error).strip().splitlines()), "no message")
+        click.echo(f"fedelta: {type(error).__name__}: {said} (--debug shows where)", err=True)
+        sys.exit(1)
     sys.exit(0)

@@ -1,7 +1,10 @@
 """Options that several commands share."""
 
 import os
+import shlex
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,30 @@ import click
 Command = Callable[..., Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where and how a simulation runs; none of it changes what comes out."""
+
+    out: Path
+    resume: bool
+    workers: int  # processes; 0: all in this one
+    commit_every_s: float  # seconds; 0: after every round
+    again: str  # the command that continues this run
+
+    @classmethod
+    def take(cls, options: dict[str, Any], default_out: Path) -> "RunSettings":
+        """From the parsed options, out of which they are removed."""
+        return cls(
+            out=options.pop("out") or default_out,
+            resume=options.pop("resume"),
+            workers=options.pop("workers"),
+            commit_every_s=options.pop("commit_every"),
+            again=f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume",
+        )
+
+
 def simulation_options(*, seed: str, out: str) -> Callable[[Command], Command]:
-    """--seed, --workers, --out and --resume; `seed` and `out` say what they are where they are not given."""
+    """The options of `RunSettings`, and --seed; `seed` and `out` say what they are where they are not given."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = (
         click.option("--seed", type=int, metavar="N", show_default=seed, help="Of all that is drawn at random."),
@@ -31,6 +56,14 @@ def simulation_options(*, seed: str, out: str) -> Callable[[Command], Command]:
             help="Folder of this run.",
         ),
         click.option("--resume", is_flag=True, help="Continue the run in the folder from its last commit."),
+        click.option(
+            "--commit-every",
+            type=click.FloatRange(0),
+            metavar="SECONDS",
+            default=30.0,
+            show_default=True,
+            help="Time between commits of the run's state; 0: after every round.",
+        ),
     )
 
     def decorate(command: Command) -> Command:

@@ -1,7 +1,5 @@
 """`fedelta run`: simulate an experiment file."""
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import click
 
 from fedelta.algorithms.federation import Federation
 from fedelta.cli.experiment import Experiment, Sites, guarded
-from fedelta.cli.options import simulation_options
+from fedelta.cli.options import RunSettings, simulation_options
 from fedelta.cli.simulate import Simulation
 from fedelta.core.errors import BadExperiment
 
@@ -25,9 +23,7 @@ def command(
     rounds: int | None,
     settings: tuple[str, ...],
     seed: int | None,
-    workers: int,
-    out: Path | None,
-    resume: bool,
+    **options: Any,
 ) -> None:
     """Simulate EXPERIMENT, a Python file with program(), site(name), sites(), and optionally test()."""
     pairs = dict(_pair(setting) for setting in settings)
@@ -45,10 +41,7 @@ def command(
         title=experiment.stem,
         federation=federation,
         sites=Sites(load=site, names=loaded.names()),
-        out=out or Path("runs") / experiment.stem,
-        resume=resume,
-        workers=workers,
-        again=f"fedelta {shlex.join(a for a in sys.argv[1:] if a != '--resume')} --resume",
+        settings=RunSettings.take(options, Path("runs") / experiment.stem),
     ).run()
 
 

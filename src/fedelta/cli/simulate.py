@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.cli.experiment import Sites
+from fedelta.cli.options import RunSettings
 from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import CannotResume, FedeltaError
@@ -36,26 +37,23 @@ THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it c
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """`federation` over `sites` in processes of this machine, into the folder `out`."""
+    """`federation` over `sites` in processes of this machine, into the run folder of the settings."""
 
     title: str
     federation: Federation[Any]
     sites: Sites
-    out: Path
-    resume: bool
-    workers: int  # processes; 0: all in this one
-    again: str  # the command that continues this run
+    settings: RunSettings
     classes: tuple[str, ...] = ()  # names of the labels, for the overview
 
     def run(self) -> None:
         """Run to the end, or from where the folder's last commit is; then save the model and the report."""
         console = Console(highlight=False)
-        if self.resume and not self.out.is_dir():
-            raise CannotResume(f"there is no run to resume in {self.out}; start one without --resume")
+        if self.settings.resume and not self.settings.out.is_dir():
+            raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         held = self._load_sites(console)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
         with self._folder(digests=held.digests) as folder:
-            state, reports = folder.resume(start) if self.resume else (None, [])
+            state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
             state = self._rounds(folder, state or start, reports, console)
             if reports:
@@ -98,7 +96,12 @@ class Simulation:
             },
             **environment(),
         }
-        with RunFolder.open(self.out) if self.resume else RunFolder.create(self.out, manifest) as folder:
+        every = self.settings.commit_every_s
+        with (
+            RunFolder.open(self.settings.out, every)
+            if self.settings.resume
+            else RunFolder.create(self.settings.out, manifest, every) as folder
+        ):
             folder.check_same(manifest)
             yield folder
 
@@ -116,7 +119,7 @@ class Simulation:
         )
         if reports:
             console.print(f"Resumed after round {state.round}.")
-        elif self.resume:
+        elif self.settings.resume:
             console.print("Nothing was committed before the run was stopped; it starts anew.")
 
     def _rounds(
@@ -132,7 +135,7 @@ class Simulation:
                     progress.show(report)
         except KeyboardInterrupt:
             console.print(
-                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.again}",
+                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.settings.again}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -143,10 +146,10 @@ class Simulation:
 
     @contextmanager
     def _fleet(self) -> Iterator[Fleet]:
-        if self.workers == 0:
+        if self.settings.workers == 0:
             yield Local(self.federation, self.sites, self.sites.names, threads=THREADS)
             return
-        workers = min(self.workers, len(self.sites.names))
+        workers = min(self.settings.workers, len(self.sites.names))
         with Workers(self.federation, self.sites, self.sites.names, workers=workers, threads=THREADS) as fleet:
             yield fleet
 
@@ -165,7 +168,7 @@ class Simulation:
         if self.federation.test is not None:
             console.print(test_line(metrics, len(self.federation.test)))
         saved = self._save(state)
-        page = self.out / "report.html"
+        page = self.settings.out / "report.html"
         overview = held.overview()
         plots = [] if overview is None else [Plot(figure=overview.plot(), caption="Rows by class and site.", wide=True)]
         sections = [Section(heading="What each site holds", plots=plots)] if plots else []
@@ -177,10 +180,10 @@ class Simulation:
         module = self.federation.model(state)
         source = self.federation.algorithm.task.model
         if isinstance(source, Pretrained):
-            folder = self.out / "model"
+            folder = self.settings.out / "model"
             save(module, folder, tokenizer(source.source) if source.kind.reads_text() else None)
             return folder
-        path = self.out / "model.safetensors"
+        path = self.settings.out / "model.safetensors"
         replace_file(path, codec.encode({name: tensor.detach() for name, tensor in module.state_dict().items()}))
         return path
 

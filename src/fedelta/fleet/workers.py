@@ -45,10 +45,11 @@ _PATIENCE_S = 5.0  # for a process that was asked to end
 
 
 class SiteBug(RuntimeError):
-    """A program's `handle` raised what is not an error of the user's; the message ends with the worker's traceback."""
+    """A program's `handle` raised what is not a FedeltaError; the message says what, and ends with its traceback."""
 
     def __init__(self, site: PartyId, traceback: str) -> None:
-        super().__init__(f"a bug at site {site!r}:\n{traceback}")
+        what = traceback.strip().splitlines()[-1]
+        super().__init__(f"site {site!r} failed with {what}\n{traceback}")
         self.site = site
         self.traceback = traceback
 
