@@ -32,8 +32,8 @@ check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_direction.py
 
-bench: $(STAMP)  ## the benchmarks, one after the other
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(STAMP)  ## the benchmark of the exact mean; docs/benchmarks.md has the commands of the others
+	$(BIN)/python benchmarks/mean.py
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -207,8 +207,9 @@ def _bytes(axes: "Axes", counts: Sequence[float]) -> None:
     """Ticks in bytes; a logarithmic axis where methods differ so much that the thrifty ones would not be seen."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if counts and min(counts) > 0 and max(counts) > 30 * min(counts):
-        axes.set_xscale("log")
+    sent = [count for count in counts if count > 0]
+    if sent and max(sent) > 30 * min(sent):
+        axes.set_xscale("log", nonpositive="mask")  # an evaluation before the first round has sent nothing
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(
