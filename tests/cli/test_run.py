@@ -200,7 +200,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(
 def test_a_site_without_its_data_is_absent_and_named(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = fedelta("run", experiment, "--out", out, "--set", "BROKEN=s2")
-    assert "s2 has no data" in printed
+    assert "s2 has no data to train on" in printed
     absent = [json.loads(line)["absent"] for line in (out / "rounds.jsonl").read_text().splitlines()]
     assert any("s2.csv is not there" in reasons.get("s2", "") for reasons in absent)
 

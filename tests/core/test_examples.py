@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -66,3 +67,14 @@ def test_the_digest_covers_names_dtypes_shapes_and_bytes_but_not_order_or_stride
         base[:0],
     ]
     assert len({examples.digest() for examples in [base, *others]}) == 7
+
+
+def test_numpy_arrays_become_what_models_are_trained_with() -> None:
+    examples = Examples.of((np.ones((3, 2)), np.array([0, 1, 2], dtype=np.int32)))
+    assert examples.inputs["x"].dtype == torch.float32
+    assert examples.targets.dtype == torch.int64
+    assert Examples.of((np.ones((3, 2), dtype=np.uint8), np.ones(3))).inputs["x"].dtype == torch.uint8
+    with pytest.raises(BadInput, match=r"got tuple\(list, Tensor\)"):
+        Examples.of(([1], torch.ones(1)))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="no data for a model"):
+        Examples.of((np.array(["a"]), np.array([1])))

@@ -82,7 +82,8 @@ class Federation(Generic[S]):
     def finished(self, state: FederationState[S]) -> str | None:
         if state.stopped is not None:
             return state.stopped
-        return f"all {self.rounds} rounds are done" if state.round >= self.rounds else None
+        done = "its one round is" if self.rounds == 1 else f"all {self.rounds} rounds are"
+        return f"{done} done" if state.round >= self.rounds else None
 
     def step(self, state: FederationState[S], fleet: Fleet) -> tuple[FederationState[S], Report]:
         started = time.perf_counter()

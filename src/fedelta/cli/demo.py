@@ -70,7 +70,8 @@ def _train(todo: list[Job], seeds: int, rounds: int, workers: int, console: Cons
     shown = Results(seeds=seeds, rounds=rounds, reports=reports, models=models)
     with Processes(min(workers, len(todo))) as processes:
         console.print(setting(shown)[0], highlight=False)
-        console.print(site_overview().table())
+        overview = site_overview()
+        console.print(overview.table(), overview.summary())
         with Board(todo, console) as board:
             for job, event in processes.run(todo):
                 if isinstance(event, Done):

@@ -26,11 +26,11 @@ from fedelta.learning.objectives import Classification
 from fedelta.learning.pretrained import Pretrained, save, tokenizer
 from fedelta.observe.files import replace_file
 from fedelta.observe.folder import RunFolder
-from fedelta.observe.manifest import environment
+from fedelta.observe.manifest import differences, environment
 from fedelta.observe.page import Plot, Section, write_page
 from fedelta.observe.progress import Progress
 from fedelta.observe.report import run_page
-from fedelta.observe.text import bytes_text
+from fedelta.observe.text import bytes_text, plural
 
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
@@ -52,7 +52,7 @@ class Simulation:
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         held = self._load_sites(console)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
-        with self._folder(digests=held.digests) as folder:
+        with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
             state = self._rounds(folder, state or start, reports, console)
@@ -68,9 +68,12 @@ class Simulation:
             for name in self.sites.names:
                 try:
                     data = self.sites(name)
+                    self.federation.algorithm.task.check(data.train)
                 except (FedeltaError, OSError) as error:
                     held.digests[name] = None
-                    console.print(f"{name} has no data: {error}", style="yellow", markup=False, soft_wrap=True)
+                    console.print(
+                        f"{name} has no data to train on: {error}", style="yellow", markup=False, soft_wrap=True
+                    )
                     continue
                 held.digests[name] = digest(
                     [part.digest() for part in (data.train, data.validation) if part is not None]
@@ -80,7 +83,7 @@ class Simulation:
         return held
 
     @contextmanager
-    def _folder(self, digests: dict[str, str | None]) -> Iterator[RunFolder]:
+    def _folder(self, digests: dict[str, str | None], console: Console) -> Iterator[RunFolder]:
         training, test = self.federation.algorithm.training, self.federation.test
         manifest: dict[str, Plain] = {
             "title": self.title,
@@ -103,6 +106,9 @@ class Simulation:
             else RunFolder.create(self.settings.out, manifest, every) as folder
         ):
             folder.check_same(manifest)
+            for where, old, new in differences(folder.manifest.get("versions"), manifest["versions"]):
+                warning = f"{where} was {old} when this run began and is {new} now: bits may differ"
+                console.print(warning, style="yellow", markup=False, soft_wrap=True)
             yield folder
 
     def _announce(
@@ -110,11 +116,12 @@ class Simulation:
     ) -> None:
         overview = held.overview()
         if overview is not None and not reports:
-            console.print(overview.table())
+            console.print(overview.table(), overview.summary())
         layout = self.federation.algorithm.parameters(state.algorithm).layout
+        rounds = plural(self.federation.rounds, "round")
         console.print(
-            f"{self.title}: {len(self.sites.names)} sites, {layout.size:,} parameters travel "
-            f"({bytes_text(4 * layout.size)} each way), {self.federation.rounds} rounds, seed {self.federation.seed}",
+            f"{self.title}: {plural(len(self.sites.names), 'site')}, {layout.size:,} parameters travel "
+            f"({bytes_text(4 * layout.size)} each way), {rounds}, seed {self.federation.seed}",
             markup=False,
         )
         if reports:

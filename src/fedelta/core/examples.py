@@ -3,11 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fedelta.core.errors import BadInput
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,20 @@ class Examples:
                 raise BadInput(f"input {name!r} has {len(tensor)} rows and the targets have {len(self.targets)}")
 
     @classmethod
-    def of(cls, data: "Examples | tuple[Tensor, Tensor]") -> "Examples":
-        """Examples from a pair (x, y); examples as they are."""
+    def of(cls, data: "Examples | tuple[Tensor | Array, Tensor | Array]") -> "Examples":
+        """Examples from a pair (x, y) of tensors or NumPy arrays; examples as they are.
+
+        Arrays become what models are trained with: floating-point numbers float32, integer targets int64.
+        """
         if isinstance(data, Examples):
             return data
         match data:
-            case (Tensor() as x, Tensor() as y):
-                return cls({"x": x}, y)
-        raise BadInput(f"a site's data is Examples or a pair of tensors (x, y), got {type(data).__name__}")
+            case (Tensor() | np.ndarray() as x, Tensor() | np.ndarray() as y):
+                return cls({"x": _tensor(x)}, _tensor(y, target=True))
+        kinds = f"({', '.join(type(part).__name__ for part in data)})" if isinstance(data, tuple | list) else ""
+        raise BadInput(
+            f"data is Examples, or a pair (x, y) of tensors or NumPy arrays; got {type(data).__name__}{kinds}"
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -54,3 +65,15 @@ class Examples:
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
         return digest.hexdigest()
+
+
+def _tensor(part: Tensor | Array, *, target: bool = False) -> Tensor:
+    if isinstance(part, Tensor):
+        return part
+    if part.dtype.kind not in "fiub":
+        raise BadInput(f"an array of {part.dtype} is no data for a model; turn it into numbers")
+    if part.dtype.kind == "f":
+        part = part.astype(np.float32)
+    elif target:
+        part = part.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(part))

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from fedelta.core.examples import Examples
+from fedelta.core.examples import Array, Examples
 from fedelta.core.memory import Memory
 from fedelta.core.messages import PartyId, Reply, Request
 
@@ -57,8 +57,8 @@ class SiteData:
     validation: Examples | None = None
 
     @classmethod
-    def of(cls, data: "SiteData | Examples | tuple[Tensor, Tensor]") -> "SiteData":
-        """Site data from what `site(name)` may return: SiteData, Examples, or a pair of tensors (x, y)."""
+    def of(cls, data: "SiteData | Examples | tuple[Tensor | Array, Tensor | Array]") -> "SiteData":
+        """Site data from what `site(name)` may return: SiteData, Examples, or a pair (x, y) of tensors or arrays."""
         return data if isinstance(data, SiteData) else cls(train=Examples.of(data))
 
 

@@ -54,20 +54,22 @@ class Overview:
         pooled = filled.sum(axis=0) / filled.sum()
         return float((np.abs(filled / filled.sum(axis=1, keepdims=True) - pooled).sum(axis=1) / 2).mean())
 
+    def summary(self) -> str:
+        """Sizes and skew in a line."""
+        sizes = self.counts.sum(axis=1)
+        spread = f"{sizes.min():,} to {sizes.max():,}, median {np.median(sizes):,.0f}"
+        return f"rows per site: {spread}; label skew {self.skew():.2f}"
+
     def table(self) -> Table:
         """A table with a line per site and a last line for all; of more than 20 sites the first ones are shown.
 
         Up to 12 classes have a column each; with more, the number of classes and the most frequent one are shown.
         """
         single = len(self.classes) <= _CLASSES_SHOWN
-        sizes = self.counts.sum(axis=1)
-        spread = f"{sizes.min():,} to {sizes.max():,}, median {np.median(sizes):,.0f}"
         table = Table(
             box=SIMPLE_HEAD,
             padding=0,
             pad_edge=False,
-            caption=f"rows per site: {spread}; label skew {self.skew():.2f}",
-            caption_justify="left",
         )
         table.add_column("site", overflow="fold")
         for heading in ("rows", *self.classes) if single else ("rows", "classes"):

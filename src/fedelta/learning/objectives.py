@@ -45,12 +45,18 @@ class Classification:
 
     def check(self, targets: Tensor) -> None:
         if targets.dtype != torch.int64 or targets.ndim != 1:
-            raise BadInput(f"class labels are int64 of shape [n], got {targets.dtype} of shape {list(targets.shape)}")
+            got = f"{targets.dtype} of shape {list(targets.shape)}"
+            raise BadInput(f"class labels are int64 of shape [n], got {got}; convert them with .long()")
         if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < self.classes):
             wrong = targets[(targets < 0) | (targets >= self.classes)][0]
             raise BadInput(f"label {int(wrong)} is outside the classes 0..{self.classes - 1}")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.ndim != 2 or outputs.shape[1] != self.classes:
+            shape = list(outputs.shape)
+            raise BadInput(
+                f"the model gives outputs of shape {shape} for {self.classes} classes, not [n, {self.classes}]"
+            )
         return functional.cross_entropy(outputs, targets)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.seeds import seeded
 from fedelta.learning.flat import FlatModel
@@ -38,6 +39,11 @@ class Task:
 
     def check(self, examples: Examples) -> None:
         """Raise BadInput if these examples cannot be learned."""
+        for name, tensor in examples.inputs.items():
+            if tensor.dtype == torch.float64:
+                raise BadInput(
+                    f"input {name!r} is float64, and models are trained in float32; convert it with .float()"
+                )
         self.objective.check(examples.targets)
 
 

@@ -76,14 +76,16 @@ class RunFolder:
         """Start a run in `path`, which is made if need be.
 
         `manifest` is plain JSON; `environment()` gives its versions. A commit follows a round when `commit_every_s`
-        seconds have passed since the last; 0 commits every round. Raises CannotResume if a run is there already.
+        seconds have passed since the last; 0 commits every round. Raises CannotResume if a run is there already; one
+        that ended before its first round is written over.
         """
         path = Path(path)
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
             try:
-                if any((path / name).exists() for name in (MANIFEST, ROUNDS, STATE)):
+                rounds = path / ROUNDS
+                if (path / STATE).exists() or (rounds.exists() and rounds.stat().st_size):
                     raise CannotResume(
                         f"{path} already holds a run; continue it with --resume, or choose another folder with --out"
                     )
