@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi, ServerOptimizer
 from fedelta.algorithms.fedprox import FedProx
-from fedelta.algorithms.parts import Clear
+from fedelta.algorithms.parts import Clear, Float32
 from fedelta.algorithms.sampling import Fixed, Poisson
-from fedelta.algorithms.stopping import Converged, Target
+from fedelta.algorithms.stopping import Best, Converged, Target
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
@@ -25,7 +25,9 @@ from fedelta.core.program import Report, Sight, Site, SiteData, run
 from fedelta.core.seeds import derive
 from fedelta.fleet.local import Local
 from fedelta.learning.flat import FlatModel
+from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD, AdamW
+from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
 from small_task import site_data, task
 
@@ -54,6 +56,7 @@ def weights(program: Federation[Any], state: FederationState[Any]) -> Parameters
 def slow_rounds(rounds: int, cohort: Callable[[int], list[str]], proximal: float = 0.0) -> Tensor:
     """Federated averaging in float64, one site after the other, each with a model of its own."""
     module = task().build(7)
+    torch.set_num_threads(1)  # as at a site: other numbers of threads round otherwise
     globally = Parameters.of(module).vector.double()
     for round in range(1, rounds + 1):
         models, sizes = [], []
@@ -317,10 +320,137 @@ def test_it_stops_when_nothing_improves() -> None:
     assert "has not improved by 10 since round 1" in str(reports[-1].stop)
 
 
-def test_a_metric_that_does_not_exist_is_named() -> None:
-    program = federation(rounds=2, test=DATA["site-0"], stop=Target(metric="test_f1", value=1.0))
-    with pytest.raises(BadInput, match=r"no metric 'test_f1'.*test_accuracy"):
-        run_all(program)
+def test_a_condition_that_can_never_hold_is_refused_before_the_run() -> None:
+    with pytest.raises(BadInput, match=r"no metric 'test_f1' to stop at; there are train_loss"):
+        federation(stop=Target(metric="test_f1", value=1.0))
+    with pytest.raises(BadInput, match="never measured; give test examples"):
+        federation(stop=Target(metric="test_accuracy", value=1.0)).init()
+    with pytest.raises(BadInput, match="never measured; set validate_at_sites"):
+        federation(stop=Target(metric="validation_loss", value=1.0)).init()
+
+
+def test_a_loss_is_better_when_it_falls() -> None:
+    stop = Converged(metric="train_loss", delta=0.1, rounds=2)
+    best = Best()
+    for round, loss in enumerate([float("nan"), 3.0, 2.0, 1.0], 1):
+        best, reason = stop.update(best, round, {"train_loss": loss})
+        assert reason is None
+    assert best == Best(value=1.0, round=4)
+    assert stop.update(best, 5, {}) == (best, None)
+    assert stop.update(best, 6, {"train_loss": 0.95})[1] is not None
+    assert Target(metric="train_loss", value=0.5).update(Best(), 1, {"train_loss": 0.6})[1] is None
+    assert Target(metric="train_loss", value=0.5).update(Best(), 1, {"train_loss": 0.4})[1] is not None
+
+
+def test_the_round_that_stops_a_run_is_evaluated() -> None:
+    program = federation(rounds=50, test=DATA["site-3"], evaluate_every=40, stop=Target(metric="train_loss", value=0.9))
+    _, reports = run_all(program)
+    assert len(reports) < 40
+    assert "test_accuracy" in reports[-1].metrics
+
+
+def test_a_stopped_run_goes_on_under_another_condition() -> None:
+    program = federation(rounds=6, stop=Target(metric="train_loss", value=100.0))
+    state, reports = run_all(program)
+    assert len(reports) == 1
+    assert program.finished(state) is not None
+    longer = replace(program, stop=None)
+    *_, (after, _) = run(longer, Local(longer, DATA.__getitem__, list(DATA)), state)
+    assert after.round == 6
+
+
+def test_the_test_set_is_checked_when_the_program_is_built() -> None:
+    wrong = Examples.of((DATA["site-0"].inputs["x"], DATA["site-0"].targets + 5))
+    with pytest.raises(BadInput, match="the test set: label"):
+        federation(test=wrong)
+    with pytest.raises(BadInput, match="the test set has no examples"):
+        federation(test=DATA["site-0"][0:0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {**t, "difference": t["difference"].double()}, "not torch.float32"),
+        (lambda t: {"value" if n == "difference" else n: v for n, v in t.items()}, "it is a value"),
+        (lambda t: {**t, "count": torch.tensor(5.0, dtype=torch.float64)}, "claims to be of 5 sites"),
+        (lambda t: {n: v for n, v in t.items() if n != "sum/loss"}, "lacks the sums loss"),
+        (lambda t: {**t, "difference": t["difference"][1:].clone()}, "malformed"),
+    ],
+)
+def test_a_malformed_update_makes_its_site_absent(change: Callable[[Any], Any], message: str) -> None:
+    @dataclass(frozen=True)
+    class Odd(Float32):
+        """The site with 11 rows writes its update wrongly."""
+
+        def encode(self, update: Update) -> Any:
+            tensors = update.to_tensors()
+            return change(tensors) if update.weight == 11 else tensors
+
+    _, reports = run_all(federation(rounds=1, encoding=Odd()))
+    assert list(reports[0].absent) == ["site-0"]
+    assert message in reports[0].absent["site-0"]
+
+
+def test_a_site_that_cannot_be_evaluated_still_took_part() -> None:
+    bad = Examples.of((DATA["site-1"].inputs["x"] * float("nan"), DATA["site-1"].targets))
+
+    def site(name: str) -> SiteData:
+        return SiteData(train=DATA[name], validation=bad if name == "site-1" else DATA[name])
+
+    state, reports = run_all(federation(rounds=1, validate_at_sites=True), site)
+    assert reports[0].absent == {}
+    assert "not finite" in reports[0].unmeasured["site-1"]
+    assert "site-1" in state.bases
+    assert 0 < reports[0].metrics["validation_loss"] < 100
+
+
+def test_fewer_sites_than_must_answer() -> None:
+    with pytest.raises(TooFewSites, match="there are 4 sites, and min_sites=5"):
+        run_all(federation(min_sites=5))
+    with pytest.raises(BadInput, match="asks fewer sites than min_sites=3"):
+        federation(sampling=Fixed(size=2), min_sites=3)
+    program = federation(sampling=Poisson(rate=0.3), min_sites=2, rounds=20)
+    _, reports = run_all(program)
+    assert {len(report.cohort) for report in reports} >= {1, 2}
+    assert all(("train_loss" in report.metrics) == (len(report.cohort) >= 2) for report in reports)
+
+
+def test_an_interrupted_round_leaves_nothing_outstanding() -> None:
+    program = federation(rounds=1)
+    fleet = Local(program, DATA.__getitem__, list(DATA))
+    requests = [Request(to=name, op="train", round=1, shared=start_of(program)) for name in DATA]
+    replies = Clear().gather(fleet, requests)
+    next(replies)
+    replies.close()  # type: ignore[attr-defined]
+    assert fleet.next_reply() is None
+    assert len(list(Clear().gather(fleet, requests))) == len(DATA)
+
+
+def start_of(program: Federation[Any]) -> dict[str, Tensor]:
+    return {"parameters": weights(program, program.init()).vector}
+
+
+def test_what_does_not_travel_does_not_leak_from_site_to_site() -> None:
+    class Counting(nn.Module):
+        """A buffer that training changes and that does not travel."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+            self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            out: Tensor = self.linear(x) / self.seen
+            return out
+
+    ends = []
+    for names in (list(DATA), list(DATA)[::-1]):
+        counting = Task(model=Counting, objective=Classification(classes=3))
+        program = federation(FedAvg(task=counting, training=TRAINING), rounds=2)
+        *_, (state, _) = run(program, Local(program, DATA.__getitem__, names))
+        ends.append(weights(program, state).vector)
+    assert torch.equal(*ends)
 
 
 def test_unsound_combinations_are_refused_at_construction() -> None:

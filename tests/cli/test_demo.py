@@ -25,11 +25,15 @@ from fedelta.cli.demo_methods import (
     ALONE,
     HEAD,
     LORA,
+    POOLED,
     PRETRAINING,
     SCRATCH,
     WAYS,
     Job,
     Network,
+    Way,
+    _federation,
+    _sites,
     jobs,
     pretraining,
     split,
@@ -39,6 +43,7 @@ from fedelta.cli.demo_processes import Done, Processes
 from fedelta.cli.demo_results import Results, accuracy_sentence, rounds_sentence
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.program import Report
+from fedelta.learning.training import train as local_training
 
 LINES = [
     "pre-trained, as it is",
@@ -124,6 +129,20 @@ def test_lora_is_saved_as_a_plain_network() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+def test_pooled_training_makes_as_many_steps_as_all_sites_together(seed: int) -> None:
+    def steps(way: Way) -> float:
+        job = Job(way=replace(way, pretrained=False), seed=seed, rounds=1)
+        federation = _federation(job, None)
+        task, training = federation.algorithm.task, federation.algorithm.training
+        return sum(
+            local_training(task.flat(seed), part, task.objective, training, round=1, seed=0)["steps"]
+            for part in _sites(job).values()
+        )
+
+    assert steps(POOLED) == steps(SCRATCH)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 def test_every_image_is_in_one_place(seed: int) -> None:
     whole = split(seed)
     parts = [whole.public, whole.test, *whole.sites.values()]
@@ -163,6 +182,17 @@ def test_processes_give_what_one_process_gives() -> None:
     pretrained, headed = _load(found[0][todo[0]]), _load(found[0][todo[-1]])
     assert torch.equal(pretrained["encoder.0.weight"], headed["encoder.0.weight"])
     assert not torch.equal(pretrained["head.weight"], headed["head.weight"])
+
+
+def test_processes_are_forked_with_what_a_step_imports() -> None:
+    script = """
+import sys
+from fedelta.cli.demo_processes import Processes
+with Processes(1):
+    print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_an_error_in_a_process_comes_back_as_it_is() -> None:
@@ -238,7 +268,8 @@ def test_rounds_sentence_says_what_the_numbers_say() -> None:
         "after 1 round with all weights from that start, and not within 10 rounds from scratch."
     )
     assert "for only 2 of 3 seeds" in said([1, 2, 9], [6, 7, 9])
-    assert "by 1 of 2 seeds only" in said([1, 2], [None, 7])
+    assert "after 7 rounds by 1 of 2 seeds only from scratch" in said([1, 2], [None, 7])
+    assert "after 5–7 rounds by 2 of 3 seeds only from scratch" in said([1, 2, 3], [5, None, 7])
     for warm, cold in (([5, 6], [5, 5]), ([None], [None]), ([None, None], [3, 4])):
         assert said(warm, cold).startswith("The pre-trained start did not need fewer rounds")
 

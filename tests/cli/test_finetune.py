@@ -181,6 +181,7 @@ def test_the_saved_model_is_that_of_the_python_api(
     found = logits(loaded(folder / "out" / "model", base, tune == "lora"), inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     correct = int((found.argmax(1) == test.targets).sum())
+    assert not (folder / "out" / "model" / "README.md").exists()  # peft's template says nothing about the model
     assert f"Accuracy: {correct}/40 ({2.5 * correct:.2f}%)" in printed
     assert experiment(finetune) == digest(program)
 
@@ -270,7 +271,7 @@ def test_with_an_empty_home_nothing_is_said_or_written_elsewhere(files: Path, be
 
 WRONG: list[tuple[dict[str, object], str]] = [
     ({"model": "{}/nowhere"}, "fedelta: there is no folder '{}/nowhere'"),
-    ({"model": "{}"}, "fedelta: no tokenizer could be loaded from '{}'"),
+    ({"model": "{}"}, "fedelta: no tokenizer could be loaded from '{}': the folder has no tokenizer"),
     ({"data": "{}/nowhere.csv"}, "fedelta: there is no file '{}/nowhere.csv'"),
     ({"data": "nobody/nothing"}, "fedelta: cannot load 'nobody/nothing' from the Hugging Face hub"),
     ({"data": "{}"}, "fedelta: {} is not a folder that datasets.save_to_disk wrote"),
@@ -335,6 +336,13 @@ def test_a_model_that_cannot_be_built_leaves_nothing_behind(finetune: Command) -
     assert not (finetune.folder / "out").exists()
     weights.write_bytes(good)
     finetune(tune="head")
+
+
+def test_a_model_without_a_tokenizer_is_refused(finetune: Command) -> None:
+    """Transformers would make a tokenizer of the configuration alone, for which every word is unknown."""
+    for path in finetune.model.glob("tokenizer*"):
+        path.unlink()
+    assert "the folder has no tokenizer files" in finetune(status=2)
 
 
 def test_a_model_that_reads_fewer_tokens_than_usual(finetune: Command, gpt2: Path) -> None:

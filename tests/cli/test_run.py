@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fedelta.cli.main import main
+from fedelta.cli.simulate import frozen_digest
 
 EXPERIMENT = '''
 """Six sites of three classes; BatchNorm and dropout."""
@@ -178,6 +180,81 @@ def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(fedelta: Fedelta, experim
     printed = fedelta("run", experiment, "--out", out, "--rounds", kept + 1, "--resume")
     assert f"Resumed after round {kept}." in printed
     assert _lines(out) == kept + 1
+
+
+def test_an_error_leaves_the_report_of_the_rounds_before_it(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
+    """And a run that was never evaluated has a model and a report, too."""
+    bug = """
+    left = 45  # of the steps: 20 a round
+
+    def forward(self, x):
+        Net.left -= self.training
+        if Net.left < 0:
+            raise ZeroDivisionError("in round 3")
+"""
+    text = EXPERIMENT.replace("\n    def forward(self, x):\n", bug).replace("rounds=6", "rounds=6, evaluate_every=5")
+    experiment.write_text(text)
+    out = tmp_path / "out"
+    assert "in round 3" in fedelta("run", experiment, "--out", out, "--workers", 0, status=1)
+    assert "2 rounds" in (out / "report.html").read_text()
+    assert not (out / "model.safetensors").exists()
+    (out / "report.html").unlink()
+    printed = fedelta("run", experiment, "--out", out, "--workers", 0, "--resume", "--rounds", 2)
+    assert "Test set" not in printed
+    assert (out / "report.html").exists()
+    assert len(model(out))
+
+
+def test_what_is_frozen_is_part_of_what_a_run_is(fedelta: Fedelta, experiment: Path, tmp_path: Path) -> None:
+    """Weights read from a file of the same name, of which a resume would otherwise not know that they changed."""
+    body = tmp_path / "body.pt"
+    frozen = f"""
+        self.first.load_state_dict(torch.load({str(body)!r}))
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+"""
+    experiment.write_text(EXPERIMENT.replace("\n    def forward(self, x):\n", frozen))
+    out = tmp_path / "out"
+    torch.save({"weight": torch.ones(16, 6), "bias": torch.zeros(16)}, body)
+    fedelta("run", experiment, "--out", out, "--rounds", 1, "--workers", 0)
+    fedelta("run", experiment, "--out", out, "--rounds", 2, "--workers", 0, "--resume")
+    torch.save({"weight": torch.ones(16, 6), "bias": torch.ones(16)}, body)
+    assert "model = " in fedelta("run", experiment, "--out", out, "--rounds", 3, "--workers", 0, "--resume", status=2)
+    assert _lines(out) == 2
+
+
+def test_only_what_is_frozen_is_digested() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    assert frozen_digest(module) is None
+    module[0].requires_grad_(False)
+    before = frozen_digest(module)
+    with torch.no_grad():
+        module[2].weight.add_(1)
+        module[1].running_mean.add_(1)
+    assert frozen_digest(module) == before
+    module[0].half()
+    halved = frozen_digest(module)
+    with torch.no_grad():
+        module[0].bias.add_(1)
+    assert len({before, halved, frozen_digest(module)}) == 3
+
+
+def test_workers_do_not_import_what_a_step_needs_each_by_itself(experiment: Path, tmp_path: Path) -> None:
+    """The parent makes no step, so it has the module only if it was imported for the workers."""
+    script = """
+import sys
+from fedelta.cli.main import main
+try:
+    main()
+finally:
+    print("imported:", "torch._dynamo" in sys.modules)
+"""
+    arguments = ["run", experiment, "--out", tmp_path / "out", "--rounds", 1, "--workers", 1]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert "imported: True" in done.stdout, done.stderr
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(

@@ -1,5 +1,8 @@
 import contextlib
 import hashlib
+import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,3 +76,58 @@ def test_a_generator_does_not_touch_the_global_state():
     before = torch.random.get_rng_state()
     torch.rand(4, generator=generator(1))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_generator_is_the_mersenne_twister_with_the_words_of_the_path():
+    framed = b"".join(kind + n.to_bytes(8, "big") + text for kind, n, text in ((b"i", 1, b"7"), (b"s", 1, b"a")))
+    words = np.frombuffer(hashlib.shake_256(framed).digest(4 * 624), "<u4")
+    reference = np.random.RandomState()
+    reference.set_state(("MT19937", words, 624))
+    expected = reference.randint(0, 2**32, size=2000, dtype=np.uint32) % 2**24  # PyTorch takes 24 bits for a float
+    assert np.array_equal(torch.rand(2000, generator=generator(7, "a")).numpy() * 2**24, expected)
+
+
+def test_streams_differ_although_their_seeds_agree_in_the_bits_that_pytorch_keeps():
+    seen = {}
+    for n in itertools.count():  # by the birthday bound, some 80 000 paths
+        low = derive(0, n) & 0xFFFFFFFF
+        if low in seen:
+            break
+        seen[low] = n
+    one, other = (torch.rand(8, generator=generator(0, path)) for path in (n, seen[low]))
+    assert not torch.equal(one, other)
+    with seeded(0, n):
+        one = torch.rand(8)
+    with seeded(0, seen[low]):
+        assert not torch.equal(torch.rand(8), one)
+
+
+def test_seeded_draws_what_the_generator_draws():
+    with seeded(3, "x"):
+        drawn = torch.randn(40), torch.randperm(50), torch.rand(3), torch.nn.functional.dropout(torch.ones(99))
+    assert torch.equal(drawn[0], torch.randn(40, generator=generator(3, "x")))
+    torch.random.set_rng_state(generator(3, "x").get_state())
+    again = torch.randn(40), torch.randperm(50), torch.rand(3), torch.nn.functional.dropout(torch.ones(99))
+    assert all(map(torch.equal, drawn, again))
+    assert torch.equal(drawn[1].sort().values, torch.arange(50))
+    assert 0 < int((drawn[3] == 0).sum()) < 99
+
+
+def test_first_draws_over_paths_are_uniform_and_normal():
+    """Kolmogorov and Smirnov's test at a level of 1e-6, of what never changes."""
+    first = np.sort([torch.rand(2, generator=generator(1, n))[0].item() for n in range(3000)])
+    long = np.sort(torch.rand(100_000, generator=generator(2)).numpy())
+    probability = np.sort(torch.special.ndtr(torch.randn(100_000, generator=generator(3)).double()).numpy())
+    for sample in (first, long, probability):
+        steps = np.arange(len(sample)) / len(sample)
+        assert np.abs(sample - steps).max() * len(sample) ** 0.5 < 2.7
+
+
+def test_seeding_leaves_cuda_as_it_is():
+    """In a process of its own: worker processes are forked only while CUDA is not in use."""
+    code = (
+        "import torch; from fedelta.core.seeds import generator, seeded\n"
+        "with seeded(1): generator(2)\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedelta.core.errors import BadInput
+from fedelta.data.names import name_of
+from fedelta.data.partition import by_column
 from fedelta.data.tables import read_table, text_and_labels
 
 TEXTS = [
@@ -49,7 +51,7 @@ def test_every_format_gives_what_was_written(tmp_path: Path, name: str) -> None:
         table = read_table(source)
         assert list(table.columns) == ["text", "label"]
         assert table["text"].tolist() == TEXTS
-        assert table["label"].tolist() == TABLE["label"].tolist()
+        assert table["label"].map(name_of).tolist() == [str(label) for label in TABLE["label"]]
         assert table.index.tolist() == list(range(9))
 
 
@@ -64,6 +66,29 @@ def test_csv_and_tsv_give_any_text_back(tmp_path_factory: pytest.TempPathFactory
         assert read_table(folder / name)["text"].tolist() == table["text"].tolist()
 
 
+NUMERALS = {"text": ["007", "1e5", "1.0", "True", "+3", "inf"], "label": ["01", "02", "1", "10", "9", "02"]}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
+def test_numerals_are_texts_as_in_json(tmp_path: Path, name: str) -> None:
+    table = pandas.DataFrame(NUMERALS)
+    table.to_csv(tmp_path / name, index=False, sep="\t" if "tsv" in name else ",")
+    table.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    read, other = read_table(tmp_path / name), read_table(tmp_path / "t.jsonl")
+    pandas.testing.assert_frame_equal(read, other)
+    texts, labels, classes = text_and_labels(read, "text", "label")
+    assert texts == NUMERALS["text"]
+    assert classes == ("01", "1", "02", "9", "10")  # in the order of the numbers
+    assert [classes[label] for label in labels] == NUMERALS["label"]
+    assert list(by_column(read["label"])) == list(by_column(other["label"]))
+
+
+def test_an_empty_field_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,1\n,2\n")
+    with pytest.raises(BadInput, match="'text' has no value in 1 of 2 rows, the first in row 1"):
+        text_and_labels(read_table(tmp_path / "t.csv"), "text", "label")
+
+
 def test_a_tsv_without_quoting_keeps_its_quotation_marks(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
     path.write_text('label\ttext\n1\t"Tis the season\n2\tplain\n1\t"No" means no\n', encoding="utf-8")
@@ -74,7 +99,7 @@ def test_columns_of_a_file_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('"3","title","body"\n"4","title 2","body 2"\n', encoding="utf-8-sig")
     table = read_table(path, ["class", "title", "body"])
-    assert table.to_dict("list") == {"class": [3, 4], "title": ["title", "title 2"], "body": ["body", "body 2"]}
+    assert table.to_dict("list") == {"class": ["3", "4"], "title": ["title", "title 2"], "body": ["body", "body 2"]}
     with pytest.raises(BadInput, match="has 3 columns, and 2 names"):
         read_table(path, ["class", "title"])
     with pytest.raises(BadInput, match="names must be distinct"):

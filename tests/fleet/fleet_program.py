@@ -94,6 +94,8 @@ class Play:
         return Reply.to_request(request, {"kept": kept["vector"].clone()})
 
     def fail(self, request: Request, site: Site) -> Reply:
+        if request.meta["kind"] == "allocation":
+            torch.empty(10**14)  # more than a process can address
         errors = {"user": TrainingFailed("the loss is NaN; lower the learning rate"), "memory": MemoryError()}
         raise errors[str(request.meta["kind"])]
 
@@ -109,6 +111,12 @@ class Play:
 
     def stray(self, request: Request, site: Site) -> Reply:
         return Reply(sender=site.id, answers="another request", round=request.round)
+
+    def unsendable(self, request: Request, site: Site) -> Reply:
+        """A reply with the one thing in it that no message carries."""
+        what = {"sparse": {"body": {"w": torch.eye(3).to_sparse()}}, "set": {"meta": {"m": {1, 2}}}}
+        what["tuple"] = {"meta": {"m": (1, 2)}}
+        return Reply(sender=site.id, answers=request.id, round=request.round, **what[str(request.meta["kind"])])  # type: ignore[arg-type]
 
     def whoami(self, request: Request, site: Site) -> Reply:
         return Reply(sender=site.id, answers=request.id, round=request.round, meta={"pid": os.getpid()})

@@ -1,9 +1,11 @@
 """What every fleet does, in this process and in worker processes alike."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,10 @@ def test_an_absent_site_is_data(fleet: Fleet) -> None:
     assert failed.error == "the loss is NaN; lower the learning rate"
     assert not failed.body
     assert ask(fleet, Request(to="amber", op="fail", round=2, meta={"kind": "memory"})).error == "out of memory"
+    allocation = ask(fleet, Request(to="amber", op="fail", round=2, attempt=1, meta={"kind": "allocation"})).error
+    assert allocation is not None
+    assert allocation.startswith("out of memory (")
+    assert "\n" not in allocation
     shared = {"vector": Play().init()[1]}
     for round in (3, 4):  # a failed load is not taken for data the second time
         unread = ask(fleet, Request(to="elm", op="train", round=round, shared=shared))
@@ -216,13 +222,23 @@ def test_a_request_gives_the_same_bits_every_time(fleet: Fleet) -> None:
     assert not first.body["difference"].eq(0).all()
 
 
-@pytest.mark.parametrize("kind", ["one worker", "three workers"])
-def test_what_is_not_dense_is_refused_by_workers(kind: str) -> None:
-    with KINDS[kind]() as fleet:
-        for part in ("body", "shared"):
-            with pytest.raises(BadTensors, match=r"'w' is torch\.sparse_coo"):
-                fleet.submit(Request(to="amber", op="echo", round=1, **{part: {"w": torch.eye(3).to_sparse()}}))
-        assert fleet.next_reply() is None
+def test_what_is_not_dense_or_not_plain_is_refused(fleet: Fleet) -> None:
+    for part in ("body", "shared"):
+        with pytest.raises(BadTensors, match=r"'w' is torch\.sparse_coo"):
+            fleet.submit(Request(to="amber", op="echo", round=1, **{part: {"w": torch.eye(3).to_sparse()}}))
+    strange: list[Any] = [(1, 2), {1, 2}, {1: 2}, torch.ones(2), math.nan, math.inf, Path()]
+    for value in strange:
+        with pytest.raises(BadInput, match="not plain JSON"):
+            fleet.submit(Request(to="amber", op="echo", round=1, meta={"m": [value]}))
+    assert fleet.next_reply() is None
+
+
+@pytest.mark.parametrize(("kind", "why"), [("sparse", "sparse_coo"), ("set", "plain JSON"), ("tuple", "plain JSON")])
+def test_a_reply_that_cannot_be_sent_is_a_bug(fleet: Fleet, kind: str, why: str) -> None:
+    fleet.submit(Request(to="amber", op="unsendable", round=1, meta={"kind": kind}))
+    with pytest.raises(RuntimeError, match=f"the reply to request .* cannot be sent: .*{why}"):
+        fleet.next_reply()
+    assert ask(fleet, Request(to="amber", op="echo", round=2)).error is None
 
 
 def test_threads_of_the_coordinator_are_restored(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,38 @@ def test_close_ends_busy_workers_and_may_be_repeated(tmp_path: Path) -> None:
     assert fleet.next_reply() is None
     with pytest.raises(RuntimeError, match="closed"):
         fleet.submit(Request(to="amber", op="echo", round=2))
+
+
+def test_close_ends_idle_workers_whose_pipes_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may have a copy of the coordinator's ends, so that the workers see no end of file."""
+    killed = []
+    kill = BaseProcess.kill
+    monkeypatch.setattr(BaseProcess, "kill", lambda process: (killed.append(process.pid), kill(process)))
+    fleet = Workers(Play(), load, NAMES, workers=2)
+    homes(fleet)
+    copies = [os.dup(worker.pipe.fileno()) for worker in fleet._workers]
+    fleet.close()
+    for copy in copies:
+        os.close(copy)
+    assert not killed
+
+
+@linux
+def test_a_fleet_that_is_dropped_ends_its_workers_while_a_newer_one_is_open() -> None:
+    older = Workers(Play(), load, NAMES, workers=2)
+    pids = set(homes(older).values())
+    with Workers(Play(), load, NAMES, workers=2) as newer:
+        homes(newer)
+        del older
+        gc.collect()
+        eventually(lambda: all(gone(pid) for pid in pids))
+        assert len(homes(newer, attempt=1)) == len(NAMES)
+
+
+def test_other_systems_are_told_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(BadInput, match=r"needs Linux and this is 'darwin'; use Local \(--workers 0\)"):
+        Workers(Play(), load, NAMES, workers=1)
 
 
 def test_a_fleet_that_is_dropped_ends_its_workers() -> None:

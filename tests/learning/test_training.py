@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fedelta.core.errors import BadInput, TrainingFailed
 from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
-from fedelta.core.seeds import derive, generator
+from fedelta.core.seeds import generator, seeded
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Classification, Regression
 from fedelta.learning.optimizers import SGD, AdamW, Cosine, Exponential, Optimizer
@@ -57,8 +57,20 @@ def slow_training(
         assert isinstance(training.optimizer, AdamW)
         optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=training.optimizer.weight_decay)
     module.train()
+    with seeded(seed, "dropout"):
+        slow_steps(module, data, training, seed, optimizer, start, proximal)
+
+
+def slow_steps(
+    module: nn.Module,
+    data: Examples,
+    training: Training,
+    seed: int,
+    optimizer: torch.optim.Optimizer,
+    start: list[Tensor],
+    proximal: float,
+) -> None:
     steps = 0
-    torch.manual_seed(derive(seed, "dropout"))
     for epoch in range(training.epochs or 10**6):
         order = torch.randperm(len(data), generator=generator(seed, "batches", epoch))
         for at in range(0, len(data), training.batch):
@@ -134,8 +146,9 @@ def test_cosine_schedule_runs_from_one_to_its_floor() -> None:
     schedule = Cosine(rounds=5, floor=0.1)
     factors = [schedule.factor(round) for round in range(1, 8)]
     assert factors[0] == 1.0
-    assert factors[2] == pytest.approx(0.55)
-    assert factors[4:] == pytest.approx([0.1, 0.1, 0.1])
+    assert 1 > factors[1] > factors[2] > factors[4] > 0.1
+    assert factors[5:] == pytest.approx([0.1, 0.1])
+    assert Cosine(rounds=4, floor=0.2).factor(3) == pytest.approx(0.6)
     assert Cosine(rounds=1).factor(1) == 1.0
 
 
@@ -183,6 +196,27 @@ def test_a_batch_of_one_is_left_out_where_batchnorm_could_not_take_it() -> None:
     assert train(linear, examples(25), Classification(classes=3), training, round=1, seed=0)["steps"] == 4
     with pytest.raises(BadInput, match="one training example"):
         train(FlatModel(small()), examples(1), Classification(classes=3), training, round=1, seed=0)
+
+
+def test_batches_of_one_are_refused_where_batchnorm_could_take_none() -> None:
+    for left in ({"epochs": 1}, {"epochs": None, "steps": 3}):
+        training = Training(optimizer=SGD(lr=0.1), batch=1, **left)  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match=r"raise Training\.batch above 1"):
+            train(FlatModel(small()), examples(), Classification(classes=3), training, round=1, seed=0)
+
+
+def test_frozen_batchnorm_takes_a_batch_of_one() -> None:
+    module = small()
+    module.norm.requires_grad_(False)
+    training = Training(optimizer=SGD(lr=0.1), batch=1)
+    assert train(FlatModel(module), examples(3), Classification(classes=3), training, round=1, seed=0)["steps"] == 3
+
+
+def test_outputs_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"outputs of shape \[2, 4\] for 3 classes"):
+        Classification(classes=3).loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(BadInput, match="gives 1 numbers an example, and a target has 3"):
+        Regression().loss(torch.zeros(2, 1), torch.zeros(2, 3))
 
 
 def test_no_examples_is_bad_input() -> None:

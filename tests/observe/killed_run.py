@@ -5,7 +5,8 @@ A program of its own, so that PyTorch is imported once and a child costs a fork.
     {"folder": …, "rounds": last round, "commit_every_s": …, "kill_after_s": seconds after the start of its rounds}
     {"folder": …, "rounds": last round, "commit_every_s": …, "kill_after_call": k}
 
-and answers each with {"killed": …, "refused": whether the folder could not be continued, "calls": number of calls}.
+and answers each with {"killed": …, "refused": whether the folder could not be continued, "calls": number of calls,
+"began": the round from which it continued, None if it did not get so far}.
 """
 
 import json
@@ -61,7 +62,7 @@ def step(state: State) -> tuple[State, Report]:
     return after, Report(round=round, metrics=metrics, absent=absent, bytes_up=round, seconds={"sites": 0.1 * round})
 
 
-def run(path: Path, rounds: int, commit_every_s: float, started: int | None = None) -> None:
+def run(path: Path, rounds: int, commit_every_s: float, started: int) -> None:
     """Start the run in `path`, or continue it, up to the given round."""
     if (path / "manifest.json").exists():
         folder = RunFolder.open(path, commit_every_s)
@@ -71,8 +72,7 @@ def run(path: Path, rounds: int, commit_every_s: float, started: int | None = No
     else:
         folder = RunFolder.create(path, {"seed": 7}, commit_every_s)
         state = init()
-    if started is not None:
-        os.write(started, b".")
+    os.write(started, str(state.round).encode())
     with folder:
         while state.round < rounds:
             state, report = step(state)
@@ -96,12 +96,12 @@ class Fault:
 def child(command: dict[str, Any], started: int, counted: int) -> None:
     arguments = Path(command["folder"]), command["rounds"], command["commit_every_s"]
     if "kill_after_call" not in command:
-        run(*arguments, started=started)
+        run(*arguments, started)
         return
     fault = Fault(command["kill_after_call"])
     sys.setprofile(fault)
     try:
-        run(*arguments)
+        run(*arguments, started)
     finally:
         sys.setprofile(None)
     os.write(counted, str(fault.calls).encode())
@@ -124,8 +124,8 @@ def serve(command: dict[str, Any]) -> dict[str, Any]:
             os._exit(code)
     os.close(tell_started)
     os.close(tell_counted)
+    began = os.read(started, 20).decode()  # empty if it ended before
     if "kill_after_s" in command:
-        os.read(started, 1)
         time.sleep(command["kill_after_s"])
         os.kill(pid, signal.SIGKILL)  # not waited for yet, so the id is still this child's
     calls = os.read(counted, 20).decode()
@@ -135,7 +135,12 @@ def serve(command: dict[str, Any]) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(status)
     if code == 1:
         raise SystemExit("the run in the child process failed")
-    return {"killed": code == -signal.SIGKILL, "refused": code == 2, "calls": int(calls or 0)}
+    return {
+        "killed": code == -signal.SIGKILL,
+        "refused": code == 2,
+        "calls": int(calls or 0),
+        "began": int(began) if began else None,
+    }
 
 
 if __name__ == "__main__":

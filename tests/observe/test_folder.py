@@ -75,6 +75,19 @@ def test_a_run_killed_before_its_first_commit_starts_anew(tmp_path: Path) -> Non
     assert (tmp_path / "rounds.jsonl").read_bytes() == b""
 
 
+def test_lines_without_a_state_are_kept_aside_the_longest(tmp_path: Path) -> None:
+    written(tmp_path, [True, True, True])
+    lines = (tmp_path / "rounds.jsonl").read_bytes()
+    (tmp_path / "state.safetensors").unlink()
+    for _ in range(3):  # the later ones have one round, or none, to keep
+        with RunFolder.open(tmp_path, commit_every_s=NEVER) as folder:
+            assert folder.resume(state(0)) == (None, [])
+            assert (tmp_path / "rounds.jsonl").read_bytes() == b""
+            assert (tmp_path / "rounds.uncommitted.jsonl").read_bytes() == lines
+            folder.add(state(1), report(1))
+            folder.close()
+
+
 @settings(max_examples=20)
 @given(commits=st.lists(st.booleans(), min_size=1, max_size=6), cut=st.floats(0, 1), tail=st.binary(max_size=200))
 def test_whatever_a_crash_leaves_after_the_commit_is_cut_off(

@@ -29,16 +29,29 @@ def start() -> Iterator[Killer]:
     stdin, stdout = server.stdin, server.stdout
 
     def start(folder: Path, rounds: int, commit_every_s: float = 0.0, **kill: float) -> dict[str, Any]:
+        committed = committed_round(folder)
         command = {"folder": str(folder), "rounds": rounds, "commit_every_s": commit_every_s, **kill}
         stdin.write(json.dumps(command) + "\n")
         stdin.flush()
         answer: dict[str, Any] = json.loads(stdout.readline())
+        began = answer.pop("began")
+        assert began == committed or (began is None and (answer["killed"] or answer["refused"]))
         return answer
 
     yield start
     stdin.close()
     server.wait()
     stdout.close()
+
+
+def committed_round(folder: Path) -> int:
+    """The round of the state file, read here by the format alone; 0 if there is none."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return int(json.loads(header["__metadata__"]["fedelta"])["meta"]["round"])
 
 
 def same(folder: Path, undisturbed: Path) -> bool:

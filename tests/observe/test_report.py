@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -146,6 +147,20 @@ def test_the_table_of_a_comparison() -> None:
         ["1", "not in 3", "3.00 KB", "9.00 KB"],
     ]
     assert [row[1] for row in table.rows][::2] == ["55.0% ± 12.4", "83.3%"]
+
+
+def test_rounds_have_a_mean_only_if_all_seeds_reached_the_target() -> None:
+    def rounds(*runs: int) -> str:
+        method = Method.of_runs("m", [run_of(length) for length in runs], metric="test_accuracy", sites=2)
+        return comparison_table([method], "test_accuracy", 0.9).rows[0][3]  # reached in round 5, if there is one
+
+    assert rounds(5, 5, 5) == "5"
+    assert rounds(5, 3, 6) == "5, 2 of 3 seeds"
+    late = [replace(report, round=report.round + 2) for report in run_of(6)]
+    method = Method.of_runs("m", [run_of(5), late], metric="test_accuracy", sites=2)
+    assert comparison_table([method], "test_accuracy", 0.9).rows[0][3] == "6.0 (5–7)"
+    method = Method.of_runs("m", [run_of(5), run_of(4), late], metric="test_accuracy", sites=2)
+    assert comparison_table([method], "test_accuracy", 0.9).rows[0][3] == "5–7, 2 of 3 seeds"
 
 
 def test_interval_text() -> None:

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fedelta.core.messages import PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -31,6 +31,11 @@ class Algorithm(Protocol[S]):
 
     @property
     def training(self) -> Training: ...
+
+    @property
+    def kind(self) -> Kind:
+        """Of the updates that `local` gives."""
+        ...
 
     def init(self, parameters: Parameters) -> S:
         """The state that starts from these parameters."""

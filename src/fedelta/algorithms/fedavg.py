@@ -6,9 +6,10 @@ weighted by their numbers of examples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedelta.algorithms.algorithm import Incoming, delta, moved
-from fedelta.core.messages import PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -17,6 +18,8 @@ from fedelta.learning.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg:
+    kind: ClassVar[Kind] = "difference"
+
     task: Task
     training: Training
 

@@ -17,7 +17,7 @@ from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Algorithm, Incoming
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
-from fedelta.algorithms.sampling import All, Sampling
+from fedelta.algorithms.sampling import All, Fixed, Sampling
 from fedelta.algorithms.stopping import Best, Stop
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
@@ -43,6 +43,7 @@ class FederationState(Generic[S]):
     bases: Mapping[PartyId, int] = field(default_factory=dict)
     best: Best = Best()
     stopped: str | None = None
+    stop: str = ""  # the condition to which `best` and `stopped` belong: another one starts anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +71,35 @@ class Federation(Generic[S]):
                 f"{self.rule} compares single updates, but {self.collect} reveals only their sum; "
                 "use Mean() as the rule or Clear() as the collect"
             )
+        if isinstance(self.sampling, Fixed) and self.sampling.size < self.min_sites:
+            raise BadInput(f"{self.sampling} asks fewer sites than min_sites={self.min_sites} must answer")
+        objective = self.algorithm.task.objective
+        known = [f"{part}_{name}" for part in ("train", "test", "validation") for name in objective.metrics]
+        if self.stop is not None and self.stop.metric not in known:
+            raise BadInput(f"there is no metric {self.stop.metric!r} to stop at; there are {', '.join(known)}")
+        if self.test is not None:
+            try:
+                self.algorithm.task.check(self.test)
+            except BadInput as error:
+                raise BadInput(f"the test set: {error}") from error
+            if not len(self.test):
+                raise BadInput("the test set has no examples")
         if not self.encoding.linear and self.collect.shows is Sight.SUM:
             raise UnsoundCombination(
                 f"{self.encoding} cannot be added up, but {self.collect} reveals only sums; use a linear encoding"
             )
 
     def init(self) -> FederationState[S]:
+        """The state before the first round. Raises BadInput if `stop` waits for what is never measured."""
+        part = self.stop.metric.partition("_")[0] if self.stop is not None else "train"
+        if (part == "test" and self.test is None) or (part == "validation" and not self.validate_at_sites):
+            cure = "give test examples" if part == "test" else "set validate_at_sites"
+            raise BadInput(f"{self.stop} waits for a metric that is never measured; {cure}")
         start = Parameters.of(self.algorithm.task.build(self.seed))
         return FederationState(algorithm=self.algorithm.init(start))
 
     def finished(self, state: FederationState[S]) -> str | None:
-        if state.stopped is not None:
+        if state.stopped is not None and state.stop == repr(self.stop):
             return state.stopped
         done = "its one round is" if self.rounds == 1 else f"all {self.rounds} rounds are"
         return f"{done} done" if state.round >= self.rounds else None
@@ -88,10 +107,13 @@ class Federation(Generic[S]):
     def step(self, state: FederationState[S], fleet: Fleet) -> tuple[FederationState[S], Report]:
         started = time.perf_counter()
         round = state.round + 1
-        cohort = self.sampling(fleet.parties(), round, self.seed)
+        parties = fleet.parties()
+        if len(parties) < self.min_sites:
+            raise TooFewSites(f"there are {len(parties)} sites, and min_sites={self.min_sites} must answer")
+        cohort = self.sampling(parties, round, self.seed)
         tally = _Tally(cohort=cohort)
         algorithm, metrics = state.algorithm, dict[str, float]()
-        if cohort:
+        if len(cohort) >= self.min_sites:  # Poisson sampling may draw fewer: a round in which nothing is learned
             shared, own = self.algorithm.broadcast(algorithm, cohort)
             requests = [
                 Request(
@@ -99,26 +121,33 @@ class Federation(Generic[S]):
                 )
                 for to in cohort
             ]
-            layout = self.algorithm.parameters(algorithm).layout
+            start = self.algorithm.parameters(algorithm)
             with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
-                total = self.rule(self._arriving(fleet, requests, layout, tally), len(cohort))
+                total = self.rule(self._arriving(fleet, requests, start, tally), len(cohort))
                 for stage in reversed(self.stages):
                     total = stage.on_total(total)
                 algorithm = self.algorithm.step(algorithm, total)
             metrics = self._named("train", total.sums)
         trained = time.perf_counter()
-        if round % self.evaluate_every == 0 or round >= self.rounds:
-            parameters = self.algorithm.parameters(algorithm)
+        parameters = self.algorithm.parameters(algorithm)
+        due = round % self.evaluate_every == 0 or round >= self.rounds
+        if due:
             metrics |= self.evaluate(parameters) | self._validate(parameters, round, fleet, tally)
-        best, stopped = self.stop.update(state.best, round, metrics) if self.stop else (state.best, None)
+        best = state.best if state.stop == repr(self.stop) else Best()
+        best, stopped = self.stop.update(best, round, metrics) if self.stop else (best, None)
+        if stopped and not due:  # the last round is always evaluated
+            metrics |= self.evaluate(parameters) | self._validate(parameters, round, fleet, tally)
         bases = {**state.bases, **dict.fromkeys(tally.answered, round)}
-        after = FederationState(algorithm=algorithm, round=round, bases=bases, best=best, stopped=stopped)
+        after = FederationState(
+            algorithm=algorithm, round=round, bases=bases, best=best, stopped=stopped, stop=repr(self.stop)
+        )
         report = Report(
             round=round,
             metrics=metrics,
             cohort=cohort,
             per_site=tally.per_site,
             absent=tally.absent,
+            unmeasured=tally.unmeasured,
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
             seconds={
@@ -181,27 +210,42 @@ class Federation(Generic[S]):
     def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
 
-    def _arriving(self, fleet: Fleet, requests: Sequence[Request], layout: Layout, tally: "_Tally") -> Iterator[Update]:
+    def _arriving(
+        self, fleet: Fleet, requests: Sequence[Request], start: Parameters, tally: "_Tally"
+    ) -> Iterator[Update]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
         for reply in tally.watch(self.collect.gather(fleet, requests), requests):
             if reply.error is not None:
                 tally.absent[reply.sender] = reply.error
                 continue
             try:
-                update = self.encoding.decode(reply.body, layout)
+                update = self.encoding.decode(reply.body, start.layout)
+                self._check(update, start)
             except BadTensors as error:
                 tally.absent[reply.sender] = f"its update is malformed: {error}"
                 continue
+            for stage in reversed(self.stages):
+                update = stage.on_arrival(update)
             refusal = self.rule.refuse(update)
             if refusal is not None:
                 tally.absent[reply.sender] = refusal
                 continue
-            for stage in reversed(self.stages):
-                update = stage.on_arrival(update)
             tally.accept(reply.sender, update.count)
             yield update
         if tally.accepted < self.min_sites:
             raise TooFewSites(tally.shortage(requests[0].round, self.min_sites))
+
+    def _check(self, update: Update, start: Parameters) -> None:
+        """Raise BadTensors for an update that could not be added to the others."""
+        if update.values.vector.dtype != start.vector.dtype:
+            raise BadTensors(f"its values are {update.values.vector.dtype}, not {start.vector.dtype}")
+        if update.kind != self.algorithm.kind:
+            raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
+        if self.collect.shows is Sight.EACH and update.count != 1:
+            raise BadTensors(f"it claims to be of {update.count} sites")
+        missing = set(self.algorithm.task.objective.sums) - update.sums.keys()
+        if missing:
+            raise BadTensors(f"it lacks the sums {', '.join(sorted(missing))}")
 
     def _validate(self, parameters: Parameters, round: int, fleet: Fleet, tally: "_Tally") -> dict[str, float]:
         """Metrics over all sites' held-back examples, and per site where the collect shows them."""
@@ -211,16 +255,28 @@ class Federation(Generic[S]):
         requests = [Request(to=to, op="evaluate", round=round, shared=shared) for to in fleet.parties()]
         sums: dict[str, list[float]] = {}
         for reply in tally.watch(self.collect.gather(fleet, requests), requests):
-            if reply.error is not None:
-                tally.absent.setdefault(reply.sender, reply.error)
+            try:
+                found = self._measured(reply)
+            except BadTensors as error:
+                tally.unmeasured[reply.sender] = str(error)
                 continue
-            update = Update.from_tensors(reply.body, NO_VALUES)
-            if self.collect.shows is Sight.EACH and update.sums:
-                tally.per_site[reply.sender] = self._named("validation", update.sums)
-            for name, value in update.sums.items():
+            if self.collect.shows is Sight.EACH and found:
+                tally.per_site[reply.sender] = self._named("validation", found)
+            for name, value in found.items():
                 sums.setdefault(name, []).append(value)
         # fsum is exact, so the order of arrivals does not show
         return self._named("validation", {name: math.fsum(values) for name, values in sums.items()})
+
+    def _measured(self, reply: Reply) -> Mapping[str, float]:
+        """The sums of an evaluation, empty from a site that holds nothing back. Raises BadTensors if there are none."""
+        if reply.error is not None:
+            raise BadTensors(reply.error)
+        sums = Update.from_tensors(reply.body, NO_VALUES).sums
+        if sums and sums.keys() != set(self.algorithm.task.objective.sums):
+            raise BadTensors(f"its evaluation has the sums {', '.join(sorted(sums))}")
+        if not all(map(math.isfinite, sums.values())):
+            raise BadTensors("its evaluation gave a number that is not finite")
+        return sums
 
 
 @dataclass(kw_only=True)
@@ -231,6 +287,7 @@ class _Tally:
     accepted: int = 0
     answered: list[PartyId] = field(default_factory=list)
     absent: dict[PartyId, str] = field(default_factory=dict)
+    unmeasured: dict[PartyId, str] = field(default_factory=dict)
     per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0

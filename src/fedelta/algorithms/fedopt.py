@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedelta.algorithms.algorithm import Algorithm, Incoming
 from fedelta.core.errors import BadInput
-from fedelta.core.messages import PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -135,6 +135,10 @@ class FedOpt:
     @property
     def training(self) -> Training:
         return self.client.training
+
+    @property
+    def kind(self) -> Kind:
+        return self.client.kind
 
     def init(self, parameters: Parameters) -> FedOptState:
         return FedOptState(parameters=parameters, moments=self.server.init(parameters.layout.trained))

@@ -2,14 +2,17 @@
 
 A site minimises its loss plus mu/2 * ||w - w_global||^2, which keeps it near the global model when the data of the
 sites differ. With mu = 0 it is FedAvg.
+
+The paper samples sites by their share of the data and averages them uniformly; here sampling and weights are FedAvg's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedelta.algorithms.algorithm import Incoming, delta, moved
 from fedelta.core.errors import BadInput
-from fedelta.core.messages import PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -18,6 +21,8 @@ from fedelta.learning.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx:
+    kind: ClassVar[Kind] = "difference"
+
     task: Task
     training: Training
     mu: float  # >= 0; the paper tries 0.001 to 1

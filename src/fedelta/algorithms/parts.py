@@ -73,14 +73,21 @@ class Clear:
     shows: Sight = Sight.EACH
 
     def gather(self, fleet: Fleet, requests: Sequence[Request]) -> Iterator[Reply]:
-        waiting = {request.id for request in requests}
-        for request in requests:
-            fleet.submit(request)
-        while waiting:
-            reply = fleet.next_reply()
-            if reply is not None and reply.answers in waiting:
-                waiting.remove(reply.answers)
-                yield reply
+        waiting: set[str] = set()
+        try:
+            for request in requests:
+                fleet.submit(request)
+                waiting.add(request.id)
+            while waiting:
+                reply = fleet.next_reply()
+                if reply is None:
+                    raise RuntimeError(f"the fleet has nothing outstanding, and {len(waiting)} replies are missing")
+                if reply.answers in waiting:
+                    waiting.remove(reply.answers)
+                    yield reply
+        finally:  # an interrupted round can be asked for again
+            for request_id in waiting:
+                fleet.cancel(request_id)
 
     def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors]) -> Reply:
         return Reply.to_request(request, outgoing())

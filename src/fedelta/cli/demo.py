@@ -88,7 +88,7 @@ def _table(results: Results) -> Table:
     whole = comparison_table(results.methods(), METRIC, results.target())
     left_out = {"seeds", "received per site"}
     kept = [place for place, heading in enumerate(whole.header) if heading not in left_out]
-    caption = f"±: 95% interval by Student's t over {plural(results.seeds, 'seed')}; rounds: mean over the seeds."
+    caption = f"±: 95% interval by Student's t over {plural(results.seeds, 'seed')}; rounds: mean (least–most)."
     table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
     for place in kept:
         heading = whole.header[place].partition(" (")[0]

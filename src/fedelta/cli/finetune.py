@@ -92,7 +92,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--per-round", type=click.IntRange(1), metavar="N", show_default="all", help="Sites that take part in a round."
 )
 @click.option("--bf16", is_flag=True, help="Forward passes in bfloat16, where the processor has it.")
-@simulation_options(seed="0", out="runs/finetune")
+@simulation_options(seed="0", seeds="Of initialisation, sampling, shuffling, dropout and splits.", out="runs/finetune")
 def command(**options: Any) -> None:
     """Fine-tune a pre-trained classifier of texts over a table that is split among sites.
 

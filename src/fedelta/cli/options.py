@@ -35,11 +35,14 @@ class RunSettings:
         )
 
 
-def simulation_options(*, seed: str, out: str) -> Callable[[Command], Command]:
-    """The options of `RunSettings`, and --seed; `seed` and `out` say what they are where they are not given."""
+def simulation_options(*, seed: str, seeds: str, out: str) -> Callable[[Command], Command]:
+    """The options of `RunSettings`, and --seed.
+
+    `seed` and `out` say what they are where they are not given, `seeds` what it is that the seed decides.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = (
-        click.option("--seed", type=int, metavar="N", show_default=seed, help="Of all that is drawn at random."),
+        click.option("--seed", type=int, metavar="N", show_default=seed, help=seeds),
         click.option(
             "--workers",
             type=click.IntRange(0),

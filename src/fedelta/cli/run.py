@@ -17,7 +17,11 @@ from fedelta.core.errors import BadExperiment
 @click.argument("experiment", type=click.Path(path_type=Path))
 @click.option("--rounds", type=click.IntRange(1), help="Instead of the experiment's own number.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Replace a constant of the experiment.")
-@simulation_options(seed="the experiment's own", out="runs/EXPERIMENT")
+@simulation_options(
+    seed="the experiment's own",
+    seeds="Of initialisation, sampling, shuffling and dropout.",
+    out="runs/EXPERIMENT",
+)
 def command(
     experiment: Path,
     rounds: int | None,

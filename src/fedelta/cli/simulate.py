@@ -1,7 +1,7 @@
 """One simulation with its run folder, progress, report and saved model: what `run` and `finetune` share."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from torch import Tensor, nn
 
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.cli.experiment import Sites
@@ -18,6 +19,7 @@ from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import CannotResume, FedeltaError
 from fedelta.core.messages import Plain
+from fedelta.core.parameters import trainable, travelling_buffers
 from fedelta.core.program import Fleet, Report, run
 from fedelta.data.overview import Overview, overview
 from fedelta.fleet.local import Local
@@ -55,7 +57,7 @@ class Simulation:
         with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
-            state = self._rounds(folder, state or start, reports, console)
+            state = self._rounds(folder, state or start, reports, held, console)
             if reports:
                 console.print(f"Ended after round {state.round}: {self.federation.finished(state)}.")
                 self._conclude(folder, state, reports, held, console)
@@ -85,9 +87,13 @@ class Simulation:
     @contextmanager
     def _folder(self, digests: dict[str, str | None], console: Console) -> Iterator[RunFolder]:
         training, test = self.federation.algorithm.training, self.federation.test
+        # On the CPU, whatever the device: CUDA must not be in use when workers are forked. They inherit this copy.
+        task = self.federation.algorithm.task
+        working = task.flat(self.federation.seed, channels_last=training.channels_last)
         manifest: dict[str, Plain] = {
             "title": self.title,
             "experiment": digest(self.federation),
+            "model": frozen_digest(working.module),
             "seed": self.federation.seed,
             "data": {"sites": dict(digests), "test": test.digest() if test is not None else None},
             "plan": {
@@ -130,7 +136,12 @@ class Simulation:
             console.print("Nothing was committed before the run was stopped; it starts anew.")
 
     def _rounds(
-        self, folder: RunFolder, state: FederationState[Any], reports: list[Report], console: Console
+        self,
+        folder: RunFolder,
+        state: FederationState[Any],
+        reports: list[Report],
+        held: "_Held",
+        console: Console,
     ) -> FederationState[Any]:
         progress = Progress(self.federation.rounds, done=len(reports), console=console)
         try:
@@ -147,6 +158,13 @@ class Simulation:
                 soft_wrap=True,
             )
             raise click.Abort from None
+        except Exception:
+            folder.commit()
+            if reports:
+                with suppress(FedeltaError):  # the error that ended the run is the one to be told
+                    page = self._report(folder, reports, held)
+                    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+            raise
         finally:
             folder.commit()
         return state
@@ -156,6 +174,10 @@ class Simulation:
         if self.settings.workers == 0:
             yield Local(self.federation, self.sites, self.sites.names, threads=THREADS)
             return
+        # The first step of a torch.optim optimiser imports this, which takes over a second: once here, before workers
+        # are forked, and not in each of them.
+        import torch._dynamo  # noqa: F401
+
         workers = min(self.settings.workers, len(self.sites.names))
         with Workers(self.federation, self.sites, self.sites.names, workers=workers, threads=THREADS) as fleet:
             yield fleet
@@ -172,15 +194,20 @@ class Simulation:
         sent = bytes_text(sum(report.bytes_up for report in reports))
         received = bytes_text(sum(report.bytes_down for report in reports))
         console.print(f"The sites sent {sent} and received {received}.")
-        if self.federation.test is not None:
-            console.print(test_line(metrics, len(self.federation.test)))
         saved = self._save(state)
+        page = self._report(folder, reports, held)
+        if self.federation.test is not None and "test_loss" in metrics:  # nothing is measured on an empty test set
+            console.print(test_line(metrics, len(self.federation.test)))
+        console.print(f"Model: {saved}\nReport: {page}", markup=False, soft_wrap=True)
+
+    def _report(self, folder: RunFolder, reports: list[Report], held: "_Held") -> Path:
+        """Write the HTML report of the rounds so far."""
         page = self.settings.out / "report.html"
         overview = held.overview()
         plots = [] if overview is None else [Plot(figure=overview.plot(), caption="Rows by class and site.", wide=True)]
         sections = [Section(heading="What each site holds", plots=plots)] if plots else []
         write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
-        console.print(f"Model: {saved}\nReport: {page}", markup=False, soft_wrap=True)
+        return page
 
     def _save(self, state: FederationState[Any]) -> Path:
         """The model: a folder that transformers or peft loads, or the state dict of another module."""
@@ -205,6 +232,14 @@ class _Held:
 
     def overview(self) -> Overview | None:
         return overview(self.labels, self.classes) if self.labels else None
+
+
+def frozen_digest(module: nn.Module) -> str | None:
+    """SHA-256 over the names, dtypes, shapes and bytes of what is frozen and does not travel; None if nothing is."""
+    travelling = trainable(module).keys() | travelling_buffers(module).keys()
+    state = module.state_dict()
+    frozen = {name: value for name, value in state.items() if name not in travelling and isinstance(value, Tensor)}
+    return digest(frozen) if frozen else None
 
 
 def test_line(metrics: Mapping[str, float], examples: int) -> str:

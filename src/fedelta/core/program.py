@@ -29,7 +29,8 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
     cohort: Sequence[PartyId] = ()
     per_site: Mapping[PartyId, Mapping[str, float]] = field(default_factory=dict)  # where the coordinator sees them
-    absent: Mapping[PartyId, str] = field(default_factory=dict)  # site -> reason
+    absent: Mapping[PartyId, str] = field(default_factory=dict)  # site of the cohort -> why it is not in the total
+    unmeasured: Mapping[PartyId, str] = field(default_factory=dict)  # site -> why its evaluation is missing
     bytes_down: int = 0  # over all sites, as encoded
     bytes_up: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase

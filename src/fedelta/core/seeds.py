@@ -3,6 +3,10 @@
 Every random choice of a simulation is a function of (seed, path), for instance
 `generator(seed, round, site, "batches")`, so that a run is the same whatever the order in which sites work, and after a
 resume.
+
+PyTorch's CPU generator keeps 32 bits of a seed, so that two of a few ten thousand streams would be the same. Hence the
+whole state of its Mersenne twister (MT19937, 624 words of 32 bits) is written, in PyTorch's layout of `get_state()`.
+Limits: a CUDA generator takes the 63 bits of `derive`.
 """
 
 import hashlib
@@ -10,9 +14,13 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import Tensor
 
 Part = int | str
+_FIRST_WORD = 24  # bytes before the words: the seed, two ints, the index of the next word
+_WORDS = 624
 
 
 def derive(seed: int, *path: Part) -> int:
@@ -20,22 +28,39 @@ def derive(seed: int, *path: Part) -> int:
 
     `derive(1, "a", 2)` and `derive(1, "a2")` differ, as do `2` and `"2"`.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (seed, *path):
-        kind, text = (b"s", part.encode()) if isinstance(part, str) else (b"i", b"%d" % operator.index(part))
-        digest.update(kind + len(text).to_bytes(8, "big") + text)
-    return int.from_bytes(digest.digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(_framed(seed, *path), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *path: Part) -> torch.Generator:
-    """A CPU generator for `path` under `seed`."""
-    return torch.Generator().manual_seed(derive(seed, *path))
+    """A CPU generator for `path` under `seed`; its whole state comes from SHAKE-256 of the path."""
+    return torch.Generator().set_state(_state(seed, *path))
 
 
 @contextmanager
 def seeded(seed: int, *path: Part) -> Iterator[None]:
-    """Run a block with PyTorch's global generators (dropout, initialisation) seeded for `path`, then restore them."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    """Run a block with PyTorch's global generators (dropout, initialisation) seeded for `path`, then restore them.
+
+    The CPU's draws what `generator(seed, *path)` draws. CUDA is not initialised by this; a block that initialises it
+    finds it seeded, and leaves it so.
+    """
+    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if initialised else []):
         torch.manual_seed(derive(seed, *path))
+        torch.set_rng_state(_state(seed, *path))
         yield
+
+
+def _framed(*path: Part) -> bytes:
+    parts = []
+    for part in path:
+        kind, text = (b"s", part.encode()) if isinstance(part, str) else (b"i", b"%d" % operator.index(part))
+        parts.append(kind + len(text).to_bytes(8, "big") + text)
+    return b"".join(parts)
+
+
+def _state(seed: int, *path: Part) -> Tensor:
+    """The state of a CPU generator that has drawn nothing yet."""
+    state = torch.Generator().manual_seed(derive(seed, *path)).get_state()
+    words = np.frombuffer(hashlib.shake_256(_framed(seed, *path)).digest(4 * _WORDS), "<u4")
+    state.numpy()[_FIRST_WORD : _FIRST_WORD + 8 * _WORDS] = words.astype(np.uint64).view(np.uint8)
+    return state

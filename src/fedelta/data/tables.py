@@ -1,7 +1,7 @@
 """Tables from files, folders and the Hugging Face hub, and the texts and labels in them.
 
-Limits: files are UTF-8. In csv and tsv only an empty field is a missing value: "NA" and "None" are text, as they should
-be for sentences.
+Limits: files are UTF-8. In csv and tsv every value is text as it stands there, "007" and "1.0" too, and only an empty
+field is a missing value: "NA" and "None" are text, as they should be for sentences.
 """
 
 import csv
@@ -182,9 +182,9 @@ def _read_separated(path: Path, columns: Sequence[str] | None, separator: str, q
                 quoting=quoting,
                 header="infer" if columns is None else None,
                 index_col=False,
+                dtype=str,  # guessed types would make "7" of "007"
                 keep_default_na=False,
                 na_values=[""],
-                low_memory=False,
             )
         except pandas.errors.ParserWarning as warning:
             raise ValueError("its lines have more fields than its header") from warning

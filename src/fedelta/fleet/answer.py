@@ -4,21 +4,26 @@ An absent party is data: an error that a user can mend, a file that is not there
 that says so. A bug is an exception: it passes through.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fedelta.core.errors import BadInput, FedeltaError
-from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.messages import Meta, PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program, Site, SiteData
+from fedelta.fleet.blocks import check_dense
+
+_NO_CPU_MEMORY = "DefaultCPUAllocator: "  # PyTorch has no class for it; its message does not change with the language
 
 
 def answer(program: Program[Any], request: Request, site: Site) -> Reply:
     """The reply of `site` to `request`; a FedeltaError, OSError or lack of memory in `handle` becomes a failure.
 
-    Raises RuntimeError if `handle` answered another request, or wrote into the tensors that it was given: they belong
-    to the whole cohort. Writes that PyTorch does not count (through `.data` or `.numpy()`) are not seen.
+    Raises RuntimeError if `handle` answered another request, or with what cannot be sent, or wrote into the tensors
+    that it was given: they belong to the whole cohort. Writes that PyTorch does not count (through `.data` or
+    `.numpy()`) are not seen.
     """
     before = _versions(request)
     try:
@@ -29,11 +34,31 @@ def answer(program: Program[Any], request: Request, site: Site) -> Reply:
         reply = Reply.failure(request, f"out of memory ({error})" if str(error) else "out of memory")
     except OSError as error:
         reply = Reply.failure(request, f"{type(error).__name__}: {error}")
+    except RuntimeError as error:
+        if _NO_CPU_MEMORY not in str(error):
+            raise
+        reply = Reply.failure(request, f"out of memory ({str(error).partition(_NO_CPU_MEMORY)[2].splitlines()[0]})")
     if _versions(request) != before:
         raise RuntimeError(f"the program wrote into the tensors of request {request.id}; clone them before writing")
     if reply.answers != request.id:
         raise RuntimeError(f"the program answered request {request.id} with a reply to {reply.answers}")
+    try:
+        check_message(reply.body, reply.meta)
+    except BadInput as error:
+        raise RuntimeError(f"the reply to request {request.id} cannot be sent: {error}") from error
     return reply
+
+
+def check_message(tensors: Tensors, meta: Meta | None = None) -> None:
+    """Raises BadTensors for a tensor that is not dense, and BadInput for metadata that are not plain JSON."""
+    for name, tensor in tensors.items():
+        check_dense(name, tensor)
+    try:
+        plain = not meta or json.loads(json.dumps(dict(meta), allow_nan=False)) == meta
+    except (TypeError, ValueError, RecursionError):
+        plain = False
+    if not plain:  # also a tuple or a key 1, which JSON turns into a list and a "1"
+        raise BadInput(f"the metadata {meta!s:.80} are not plain JSON; send numbers that are finite, text and lists")
 
 
 def _versions(request: Request) -> list[int]:

@@ -1,19 +1,17 @@
 """Shared memory without a name, for messages between a process and the workers that it started.
 
-A block is an anonymous file (`memfd_create(2)`; an unlinked temporary file where there is none) that is handed over as
-an open descriptor. It has no entry in /dev/shm, so nothing is left behind whoever is killed, and a container's limit on
-/dev/shm does not apply. Blocks are used again and again, because a copy into warm pages is several times as fast as one
-into fresh pages.
+A block is an anonymous file (`memfd_create(2)`) that is handed over as an open descriptor. It has no entry in /dev/shm,
+so nothing is left behind whoever is killed, and a container's limit on /dev/shm does not apply. Blocks are used again
+and again, because a copy into warm pages is several times as fast as one into fresh pages.
 
 Inside: 8 bytes with the length of the head, the head (a pickle: the blocks never leave the machine or the program that
-wrote them), then each tensor's elements at a multiple of 64 bytes. Limits: POSIX systems; dense tensors, which arrive
+wrote them), then each tensor's elements at a multiple of 64 bytes. Limits: Linux; dense tensors, which arrive
 on the CPU.
 """
 
 import mmap
 import os
 import pickle
-import tempfile
 import weakref
 from collections import deque
 from typing import Any, Literal
@@ -39,10 +37,7 @@ class Block:
 
     @classmethod
     def create(cls) -> "Block":
-        if hasattr(os, "memfd_create"):
-            return cls(os.memfd_create("fedelta", os.MFD_CLOEXEC))
-        with tempfile.TemporaryFile() as file:
-            return cls(os.dup(file.fileno()))
+        return cls(os.memfd_create("fedelta", os.MFD_CLOEXEC))
 
     def write(self, head: object, tensors: Tensors) -> int:
         """Write a message over what was there; returns its size in bytes. Raises BadTensors for what is not dense."""

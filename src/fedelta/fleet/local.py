@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedelta.core.errors import BadInput
-from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
 from fedelta.core.threads import intra_op_threads
-from fedelta.fleet.answer import Sites, answer, checked_names, twice, unknown_site
+from fedelta.fleet.answer import Sites, answer, check_message, checked_names, twice, unknown_site
 
 
 class Local:
@@ -37,16 +37,21 @@ class Local:
         self._known = frozenset(self._names)
         self._threads = threads
         self._queue: dict[str, Request] = {}
+        self._shared: Tensors | None = None
 
     def parties(self) -> Sequence[PartyId]:
         return self._names
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises BadInput for an unknown site, or an id that is still outstanding."""
+        """Queue a request. Raises BadInput for an unknown site, an outstanding id, or what cannot be sent."""
         if request.to not in self._known:
             raise unknown_site(request.to, self._names)
         if request.id in self._queue:
             raise twice(request.id)
+        check_message(request.body, request.meta)
+        if request.shared is not self._shared:  # one object for the whole cohort: checked once
+            check_message(request.shared)
+            self._shared = request.shared
         self._queue[request.id] = request
 
     def next_reply(self, timeout_s: float | None = None) -> Reply | None:
@@ -54,6 +59,8 @@ class Local:
         if not self._queue:
             return None
         request = self._queue.pop(next(iter(self._queue)))
+        if not self._queue:
+            self._shared = None
         with intra_op_threads(self._threads):
             return answer(self._program, request, self._sites.of(request))
 

@@ -2,7 +2,7 @@
 
 The broadcast of a cohort is written once, into memory that all workers map; each reply comes back in a block that the
 coordinator reads in place. Each site stays on the worker that it was first given to, because its data and its memory
-live there. Limits: POSIX systems; a worker is a daemon, so site code in it cannot start processes of its own (a data
+live there. Limits: Linux; a worker is a daemon, so site code in it cannot start processes of its own (a data
 loader with `num_workers`, say).
 """
 
@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ import torch
 from fedelta.core.errors import BadInput, UnsoundCombination
 from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
-from fedelta.fleet.answer import checked_names, twice, unknown_site
-from fedelta.fleet.blocks import Pool, check_dense
+from fedelta.fleet.answer import check_message, checked_names, twice, unknown_site
+from fedelta.fleet.blocks import Pool
 from fedelta.fleet.worker import (
     Answer,
     Job,
@@ -42,6 +43,7 @@ from fedelta.fleet.worker import (
 Start = Literal["fork", "spawn"]
 _AHEAD = 2  # jobs at a worker: the one it is busy with, and the next, so that it need not wait for the coordinator
 _PATIENCE_S = 5.0  # for a process that was asked to end
+_OPEN: "weakref.WeakSet[connection.Connection]" = weakref.WeakSet()  # our ends of the pipes of all fleets
 
 
 class SiteBug(RuntimeError):
@@ -103,10 +105,10 @@ class Workers:
     that it was handling is tried once more, then answered with a failure. A bug in `handle` is raised by `next_reply`
     as SiteBug.
 
-    `start`: "fork" is quick, and the default on Linux; "spawn" is the default elsewhere, with threads > 1 (after a
-    fork, GNU OpenMP waits for ever for threads that were not copied) and once CUDA is in use. With "spawn", program and
-    `site` must be picklable, the main module importable, and PyTorch's global settings are those of a new process.
-    Under "fork", site code must not use other libraries' OpenMP threads that the coordinator has used before.
+    `start`: "fork" is quick, and the default; "spawn" is the default with threads > 1 (after a fork, GNU OpenMP waits
+    for ever for threads that were not copied) and once CUDA is in use. With "spawn", program and `site` must be
+    picklable, the main module importable, and PyTorch's global settings are those of a new process. Under "fork", site
+    code must not use other libraries' OpenMP threads that the coordinator has used before.
 
     The tensors of a request must not change until its reply is there. Those of a reply are views of shared memory.
     """
@@ -158,9 +160,8 @@ class Workers:
         self._closed = True
         workers, self._workers = self._workers, []
         for worker in workers:
-            worker.pipe.close()  # an idle worker ends by itself
-            if worker.busy or not worker.ready:
-                worker.process.terminate()
+            worker.pipe.close()
+            worker.process.terminate()  # an idle worker, too: another process may have a copy of our end of its pipe
         for worker in workers:
             _end(worker.process)
         self._tickets.clear()
@@ -172,15 +173,14 @@ class Workers:
         return self._names
 
     def submit(self, request: Request) -> None:
-        """Hand over a request. Raises BadInput for an unknown site, an id that is outstanding, or tensors not dense."""
+        """Hand over a request. Raises BadInput for an unknown site, an outstanding id, or what cannot be sent."""
         if self._closed:
             raise RuntimeError("this fleet is closed; submit inside its `with` block")
         if request.to not in self._known:
             raise unknown_site(request.to, self._names)
         if request.id in self._tickets:
             raise twice(request.id)
-        for name, tensor in request.body.items():
-            check_dense(name, tensor)
+        check_message(request.body, request.meta)
         ticket = _Ticket(request, next(self._serials), self._broadcast(request.shared))
         self._tickets[request.id] = ticket
         worker = self._workers[self._home_of(request.to)]
@@ -234,8 +234,7 @@ class Workers:
             return None
         broadcast = self._broadcasts.get(id(shared))
         if broadcast is None:
-            for name, tensor in shared.items():
-                check_dense(name, tensor)
+            check_message(shared)
             number = self._pool.take("broadcast")
             broadcast = _Broadcast(shared, Message(number, self._pool[number].write(None, shared)))
             self._broadcasts[id(shared)] = broadcast
@@ -342,9 +341,9 @@ class Workers:
 
     def _start(self, queue: deque[_Ticket] | None = None) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
-        inherited = [worker.pipe for worker in self._workers if not worker.pipe.closed] + [ours]
-        if self._context.get_start_method() != "fork":
-            inherited = []
+        _OPEN.add(ours)
+        forks = self._context.get_start_method() == "fork"
+        inherited = [end for end in _OPEN if not end.closed] if forks else []
         process = self._context.Process(target=serve, args=(theirs, inherited, *self._job), daemon=True)
         try:
             with _quietly():
@@ -361,14 +360,14 @@ class Workers:
 
 
 def _context(workers: int, threads: int, start: Start | None) -> Any:
-    if sys.platform == "win32":
-        raise BadInput("Workers needs a POSIX system; use Local on Windows")
+    if sys.platform != "linux":
+        raise BadInput(f"Workers needs Linux and this is {sys.platform!r}; use Local (--workers 0)")
     if workers < 1 or threads < 1:
         raise BadInput(f"Workers needs workers >= 1 and threads >= 1, got {workers} and {threads}")
     if start == "fork" and threads > 1:
         raise UnsoundCombination(f'threads={threads} can hang after a fork; use start="spawn" or threads=1')
     if start is None:
-        forks = sys.platform == "linux" and threads == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        forks = threads == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         start = "fork" if forks else "spawn"
     return multiprocessing.get_context(start)
 

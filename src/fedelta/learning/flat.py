@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedelta.core.errors import BadInput
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
+from fedelta.learning.tuning import train_mode
 
 
 class FlatModel:
@@ -39,8 +40,11 @@ class FlatModel:
             parameter.grad = view(gradient[here], entry.shape)
             if permuted:
                 self._permuted.append((here, parameter.data))
-        # statistics of a batch of one example do not exist
-        self.least_batch = 2 if any(isinstance(m, _BatchNorm) for m in module.modules()) else 1
+        train_mode(module)
+        # a batch of one example has no statistics
+        self.least_batch = 2 if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()) else 1
+        # what may change in training and does not travel would leak from one site into the next
+        self._own = [(b, b.clone()) for name, b in module.named_buffers() if name not in self.layout.by_name]
         self.weights = nn.Parameter(flat)
         self.weights.grad = gradient
 
@@ -51,11 +55,13 @@ class FlatModel:
         return self.weights.grad
 
     def load(self, parameters: Parameters) -> None:
-        """Set trained values and buffers from a vector of this layout."""
+        """Set trained values and buffers from a vector of this layout; all other buffers are as they were at first."""
         with torch.no_grad():
             self.weights.copy_(parameters.trained)
             for here, filters in self._permuted:
                 filters.copy_(parameters.vector[here].view(filters.shape))
+            for tensor, first in self._own:
+                tensor.copy_(first)
             for tensor, offset in self._buffers:
                 values = parameters.vector[offset : offset + tensor.numel()].view(tensor.shape)
                 tensor.copy_(values if tensor.is_floating_point() else values.round())

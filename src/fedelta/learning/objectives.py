@@ -6,7 +6,7 @@ sites before they become metrics.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from fedelta.core.errors import BadInput
 
 
 class Objective(Protocol):
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The names of what `measure` gives."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what `summarise` gives."""
+        ...
+
     def check(self, targets: Tensor) -> None:
         """Raise BadInput if these targets cannot be learned."""
         ...
@@ -36,6 +46,9 @@ class Objective(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Classification:
     """Cross-entropy over `classes`; outputs are logits [n, classes], targets class indices [n]. Reports accuracy."""
+
+    sums: ClassVar[tuple[str, ...]] = ("examples", "loss", "correct")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     classes: int
 
@@ -79,12 +92,20 @@ class Regression:
     Reports the loss (mean squared error over examples and dimensions) and the mean absolute error.
     """
 
+    sums: ClassVar[tuple[str, ...]] = ("examples", "loss", "absolute")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "mae")
+
     def check(self, targets: Tensor) -> None:
         if not targets.is_floating_point() or not bool(torch.isfinite(targets).all()):
             raise BadInput("regression targets are finite floating-point numbers")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.mse_loss(_matrix(outputs), _matrix(targets))
+        outputs, targets = _matrix(outputs), _matrix(targets)
+        if outputs.shape != targets.shape:
+            raise BadInput(
+                f"the model gives {outputs.shape[1]} numbers an example, and a target has {targets.shape[1]}"
+            )
+        return functional.mse_loss(outputs, targets)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         error = (_matrix(outputs).detach() - _matrix(targets)).double()

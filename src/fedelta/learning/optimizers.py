@@ -80,7 +80,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """From 1 in round 1 to `floor` in round `rounds` and after: half a cosine (Loshchilov & Hutter, ICLR 2017)."""
+    """From 1 in round 1 along half a cosine to `floor` after round `rounds` (Loshchilov & Hutter, ICLR 2017)."""
 
     rounds: int  # >= 1
     floor: float = 0.0  # in [0, 1]
@@ -90,7 +90,7 @@ class Cosine:
             raise BadInput(f"Cosine needs rounds >= 1 and a floor in [0, 1], got {self.rounds} and {self.floor}")
 
     def factor(self, round: int) -> float:
-        done = min(1.0, (round - 1) / max(1, self.rounds - 1))
+        done = min(1.0, (round - 1) / self.rounds)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 

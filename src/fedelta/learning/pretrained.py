@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MARK = "fedelta.json"  # a folder that has this file was written by `save`, and may be replaced by it
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of these every tokenizer has one
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -123,6 +124,7 @@ def tokenizer(source: str) -> "PreTrainedTokenizerBase":
 
     with _quiet(), _sentence(f"no tokenizer could be loaded from {source!r}"):
         located = _located(source)
+        _check_tokenizer_folder(located)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located)
         loaded.model_max_length = min(loaded.model_max_length, _positions(located, loaded.model_max_length))
     if loaded.pad_token is None:
@@ -166,6 +168,7 @@ def save(
         if isinstance(module, PeftModel) and not merged:
             # "auto" would ask the hub whether the vocabulary has changed, which no tuning does
             module.save_pretrained(str(part), save_embedding_layers=False)
+            (part / "README.md").unlink(missing_ok=True)  # peft's template of a model card, not filled in
             whole.config.save_pretrained(part)
         else:
             whole.save_pretrained(part)
@@ -224,6 +227,16 @@ def _check_model_folder(source: str) -> None:
         raise BadInput(f"{source!r} holds LoRA factors, not a model; start from a model that was saved merged")
     if not (folder / "config.json").exists():
         raise BadInput(f"{source!r} is not a model folder, it has no config.json; give the folder that has one")
+
+
+def _check_tokenizer_folder(source: str) -> None:
+    """Refuse a folder with no tokenizer: of a configuration alone, transformers makes one that knows no word."""
+    folder = Path(source)
+    if folder.is_dir() and not any(next(folder.glob(files), None) for files in _TOKENIZER_FILES):
+        raise BadInput(
+            f"no tokenizer could be loaded from {source!r}: the folder has no tokenizer files; give the folder of a "
+            "model that was saved with its tokenizer"
+        )
 
 
 @contextmanager

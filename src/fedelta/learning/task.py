@@ -34,6 +34,7 @@ class Task:
         copies = _working_copies.setdefault(self, {})
         key = (seed, str(device), channels_last)
         if key not in copies:
+            copies.clear()  # a sweep over seeds keeps one model, not all
             copies[key] = FlatModel(self.build(seed), device, channels_last=channels_last)
         return copies[key]
 

@@ -58,6 +58,8 @@ def train(
     `seed` decides shuffling and dropout. `proximal` adds `proximal/2 * ||w - w_start||^2` to the loss, w_start being
     the weights that the model came with. Raises TrainingFailed if the loss or a weight is no longer finite.
     """
+    if training.batch < model.least_batch:
+        raise BadInput("BatchNorm needs batches of two examples or more; raise Training.batch above 1")
     if len(examples) < model.least_batch:
         have = "has no training examples" if not len(examples) else "has one training example, and BatchNorm needs two"
         raise BadInput(f"this site {have}")

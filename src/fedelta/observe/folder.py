@@ -3,10 +3,12 @@
     manifest.json      versions, seed, digests, execution plan, command; written once, when the run starts
     rounds.jsonl       one line a round: its `Report`; written as it happens, so that it can be followed with `tail -f`
     state.safetensors  the program's state after the last committed round
+    rounds.uncommitted.jsonl  the longest `rounds.jsonl` that a resume found without a state, if it ever did
 
 A commit is one transaction: `rounds.jsonl` is synced to the disk, then the state is replaced by the new one, which says
 how much of `rounds.jsonl` belongs to it. That rename is the commit point. Lines after that length (rounds that were not
-committed, a line torn by a crash) are cut off on resume, and those rounds are run again.
+committed, a line torn by a crash) are cut off on resume, and those rounds are run again. Without a state all lines are
+such lines; then they are kept aside, because the state may have been lost by mistake.
 
 Numbers in `rounds.jsonl` read back exactly. JSON has no NaN and no infinities: they are the strings "NaN", "Infinity"
 and "-Infinity". Limits: POSIX only (`fcntl`); the lock keeps other processes out, not a second use in the same process.
@@ -37,6 +39,7 @@ S = TypeVar("S")
 
 MANIFEST = "manifest.json"
 ROUNDS = "rounds.jsonl"
+UNCOMMITTED = "rounds.uncommitted.jsonl"
 STATE = "state.safetensors"
 LOCK = ".lock"
 
@@ -134,11 +137,14 @@ class RunFolder:
         """Go back to the last commit: the state and the reports up to it; None and no reports if there was no commit.
 
         `template` is a state of the same form, such as `program.init()`. Cuts off what `rounds.jsonl` holds beyond the
-        commit. Raises CannotResume if the state or the reports are damaged.
+        commit; if there is no state at all, keeps it as `rounds.uncommitted.jsonl`. Raises CannotResume if the state or
+        the reports are damaged.
         """
         state, meta = self._read_state(template)
         committed = self._read_committed(meta)
         reports = [_parse_line(line, self.path / ROUNDS) for line in committed.splitlines()]
+        if state is None:
+            self._keep_aside()
         self._open_rounds(keep=len(committed))
         self._tip = self._committed = _Tip(
             state=state,
@@ -207,6 +213,13 @@ class RunFolder:
             os.ftruncate(self._rounds, keep)
             os.fsync(self._rounds)
             sync_directory(self.path)
+
+    def _keep_aside(self) -> None:
+        """A run repeats its rounds, so of two such files the longer one has what is in the other."""
+        rounds, aside = self.path / ROUNDS, self.path / UNCOMMITTED
+        with _writing(self.path):
+            if rounds.exists() and rounds.stat().st_size > (aside.stat().st_size if aside.exists() else 0):
+                os.replace(rounds, aside)
 
     def _read_state(self, template: S) -> tuple[S | None, Meta]:
         path = self.path / STATE

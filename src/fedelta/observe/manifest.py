@@ -12,7 +12,7 @@ from pathlib import Path
 from fedelta import __version__
 from fedelta.core.messages import Plain
 
-IDENTITY = ("seed", "plan", "data", "experiment")  # what has to be equal for the same bits; digests tell least
+IDENTITY = ("seed", "plan", "data", "model", "experiment")  # what has to be equal for the same bits; digests tell least
 
 
 def environment() -> dict[str, Plain]:

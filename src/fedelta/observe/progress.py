@@ -145,14 +145,15 @@ class Progress:
             self._live.refresh()
 
     def _warn(self, report: Report) -> None:
-        for site, reason in report.absent.items():
+        for site, reason in (*report.absent.items(), *report.unmeasured.items()):
             if (site, reason) in self._warned or len(self._warned) > _WARNINGS:
                 continue
             self._warned.add((site, reason))
             if len(self._warned) > _WARNINGS:
                 text = "further absences are not shown here; each round's report has them"
             else:
-                text = f"{self._label}round {report.round} goes on without {site}: {reason}"
+                what = "goes on without" if site in report.absent else "is not evaluated at"
+                text = f"{self._label}round {report.round} {what} {site}: {reason}"
             self._say(f"warning: {text}", style="yellow")
 
     def _print_line(self) -> None:

@@ -101,7 +101,11 @@ def comparison_table(methods: Sequence[Method], metric: str, target: float | Non
         "sent per site",
         "received per site",
     ]
-    caption = "Rounds are the mean over the seeds, with the least and the most." if target is not None else ""
+    caption = (
+        "Rounds are the mean over the seeds, with the least and the most; the latter alone, where some seeds never "
+        "reach the target."
+    )
+    caption = caption if target is not None else ""
     return Table(header=header, rows=rows, align="l" + "r" * (len(header) - 1), caption=caption)
 
 
@@ -120,8 +124,10 @@ def _rounds_text(method: Method, metric: str, target: float) -> str:
     if not reached:
         return f"not in {max(run[-1].round for run in method.runs)}"
     same = min(reached) == max(reached)
-    text = str(reached[0]) if same else f"{sum(reached) / len(reached):.1f} ({min(reached)}–{max(reached)})"
-    return text if len(reached) == len(method.runs) else f"{text}, {len(reached)} of {len(method.runs)} seeds"
+    text = str(reached[0]) if same else f"{min(reached)}–{max(reached)}"
+    if len(reached) < len(method.runs):  # a mean without the runs that never got there would flatter
+        return f"{text}, {len(reached)} of {len(method.runs)} seeds"
+    return text if same else f"{sum(reached) / len(reached):.1f} ({text})"
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
