@@ -128,7 +128,9 @@ def digest_of(path, text, name="experiment"):
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path, monkeypatch):
+    # cached bytecode counts as fresh when a file of the same size is written within the same second
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield tmp_path / "experiment.py"
     sys.modules.pop("experiment", None)
 

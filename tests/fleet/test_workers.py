@@ -286,7 +286,8 @@ def test_no_memory_has_a_name() -> None:
         for process in processes:
             maps = Path(f"/proc/{process}/maps").read_text()
             assert "memfd:fedelta" in maps
-            assert "/dev/shm" not in maps
+            # a semaphore of whatever else this process has done may be there
+            assert not [line for line in maps.splitlines() if "/dev/shm" in line and "/sem." not in line]
 
 
 @linux

@@ -36,7 +36,12 @@ class Experiment:
         sys.modules[spec.name] = module
         sys.path.insert(0, str(path.parent.resolve()))
         loader = spec.loader
-        guarded(path, "it was loaded", lambda: loader.exec_module(module))
+        # cached bytecode counts as fresh if a file of the same size was written within the same second
+        writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        try:
+            guarded(path, "it was loaded", lambda: loader.exec_module(module))
+        finally:
+            sys.dont_write_bytecode = writes
         for name, value in settings.items():
             _set(module, path, name, value)
         missing = [name for name in ("program", "site", "sites") if not callable(getattr(module, name, None))]
