@@ -290,6 +290,7 @@ def test_sites_evaluate_on_what_they_hold_back() -> None:
 
     program = federation(rounds=2, validate_at_sites=True)
     state, reports = run_all(program, site)
+    assert all(seconds >= 0 for report in reports for seconds in report.seconds.values())  # no phase counts twice
     model = program.model(state).eval()
     held = {name: DATA[name][8:] for name in list(DATA)[:3]}
     correct = {n: int((model(d.inputs["x"]).argmax(1) == d.targets).sum()) for n, d in held.items()}

@@ -128,7 +128,7 @@ class Federation(Generic[S]):
                     total = stage.on_total(total)
                 algorithm = self.algorithm.step(algorithm, total)
             metrics = self._named("train", total.sums)
-        trained = time.perf_counter()
+        trained, waited = time.perf_counter(), tally.waited
         parameters = self.algorithm.parameters(algorithm)
         due = round % self.evaluate_every == 0 or round >= self.rounds
         if due:
@@ -151,8 +151,8 @@ class Federation(Generic[S]):
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
             seconds={
-                "sites": tally.waited,
-                "aggregation": trained - started - tally.waited,
+                "sites": waited,
+                "aggregation": trained - started - waited,
                 "evaluation": time.perf_counter() - trained,
             },
             stop=self.finished(after),

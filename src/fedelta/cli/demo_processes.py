@@ -5,16 +5,13 @@ free; reports come back as they are made. Limits: POSIX systems; one job needs n
 """
 
 import multiprocessing
-import os
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +21,7 @@ import torch
 from fedelta.cli.demo_methods import Job, train
 from fedelta.core.errors import FedeltaError
 from fedelta.core.program import Report
+from fedelta.fleet.children import leave_with_the_parent, started_quietly
 
 _PATIENCE_S = 2.0  # for a process that was told to end
 
@@ -73,7 +71,7 @@ class Processes:
 
         forks = sys.platform == "linux"
         context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-        with _held_back():
+        with started_quietly():
             for _ in range(self._count):
                 ours, theirs = multiprocessing.Pipe()
                 inherited = [*(worker.pipe for worker in self._workers), ours] if forks else []
@@ -162,7 +160,7 @@ def _serve(pipe: connection.Connection, inherited: Sequence[connection.Connectio
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    threading.Thread(target=leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         while True:
@@ -176,26 +174,3 @@ def _serve(pipe: connection.Connection, inherited: Sequence[connection.Connectio
                 pipe.send(traceback.format_exc())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has closed its end
-
-
-def _leave_with_the_parent() -> None:
-    """Exit when the parent has ended, however it ended."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _held_back() -> Iterator[None]:
-    """Start processes with SIGINT held back until they can ignore it, and without Python's warning about threads.
-
-    The child of a fork touches none of the parent's threads: it computes in one thread and writes to its own pipe.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork.*", DeprecationWarning)
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

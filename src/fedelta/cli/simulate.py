@@ -196,7 +196,7 @@ class Simulation:
         console.print(f"The sites sent {sent} and received {received}.")
         saved = self._save(state)
         page = self._report(folder, reports, held)
-        if self.federation.test is not None and "test_loss" in metrics:  # nothing is measured on an empty test set
+        if self.federation.test is not None and "test_loss" in metrics:  # a finished run may get a test set later
             console.print(test_line(metrics, len(self.federation.test)))
         console.print(f"Model: {saved}\nReport: {page}", markup=False, soft_wrap=True)
 

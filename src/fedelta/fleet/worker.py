@@ -10,7 +10,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, parent_process, reduction
+from multiprocessing import connection, reduction
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fedelta.core.messages import Reply, Request
 from fedelta.core.program import Program
 from fedelta.fleet.answer import Sites, answer
 from fedelta.fleet.blocks import Block
+from fedelta.fleet.children import leave_with_the_parent
 
 
 class Message(NamedTuple):
@@ -72,20 +73,12 @@ def serve(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_the_coordinator, daemon=True).start()
+    threading.Thread(target=leave_with_the_parent, daemon=True).start()
     try:
         pipe.send(Ready())
         _Worker(pipe, program, site).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the coordinator closed the fleet
-
-
-def _leave_with_the_coordinator() -> None:
-    """Exit when the coordinator's process has ended, however it ended and whatever this one is busy with."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 class _Worker:

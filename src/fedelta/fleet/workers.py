@@ -9,14 +9,11 @@ loader with `num_workers`, say).
 import itertools
 import multiprocessing
 import pickle
-import signal
 import sys
 import time
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
@@ -30,6 +27,7 @@ from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
 from fedelta.fleet.answer import check_message, checked_names, twice, unknown_site
 from fedelta.fleet.blocks import Pool
+from fedelta.fleet.children import started_quietly
 from fedelta.fleet.worker import (
     Answer,
     Job,
@@ -346,7 +344,7 @@ class Workers:
         inherited = [end for end in _OPEN if not end.closed] if forks else []
         process = self._context.Process(target=serve, args=(theirs, inherited, *self._job), daemon=True)
         try:
-            with _quietly():
+            with started_quietly():
                 process.start()
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             ours.close()
@@ -370,21 +368,6 @@ def _context(workers: int, threads: int, start: Start | None) -> Any:
         forks = threads == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         start = "fork" if forks else "spawn"
     return multiprocessing.get_context(start)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Start a process with SIGINT held back until it can ignore it, and without Python's warning about threads.
-
-    The child of a fork touches none of the coordinator's threads: it computes in one thread and writes to its own pipe.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork.*", DeprecationWarning)
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _send(worker: _Worker, message: Job | Withdraw, *blocks: Any) -> None:
