@@ -32,7 +32,9 @@ check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_direction.py
 
-bench: $(STAMP)  ## the benchmark of the exact mean; docs/benchmarks.md has the commands of the others
+# BENCH="--docs" also rewrites docs/benchmarks.md; docs/benchmarks.md tells how peers take part.
+bench: $(STAMP)  ## the simulation beside a bare PyTorch loop, and the exact mean beside add_
+	$(BIN)/python -m benchmarks.simulation $(BENCH)
 	$(BIN)/python benchmarks/mean.py
 
 clean:  ## remove .venv and caches

@@ -7,9 +7,10 @@ choosing learning rates and are in no other part. For each seed the others are s
 testing. Three ways to fine-tune the same model, with the same batches of 16, texts of at most 32 tokens, AdamW and
 gradient clipping:
 
-- federated: 8 sites by Dirichlet(0.5), each with at least one batch, 5 rounds of 12 local steps (FedAvg);
-- pooled at equal sequential steps: 60 steps on the 2,000 rows together;
-- pooled at equal total steps: 480 steps.
+- federated: 8 sites by Dirichlet(0.5), each with at least one batch, 5 rounds of one local epoch (FedAvg);
+- pooled at equal sequential steps: on the 2,000 rows together, as many steps as the largest site does in all rounds,
+  which is the longest chain of steps in the federated run;
+- pooled at equal total steps: as many as all sites do together.
 
 The learning rate of each is the best of one grid, the same for all, by the mean accuracy over two seeds that are used
 for nothing else; one at the end of the grid is said. Results are paired by seed: same rows, same initial head, same
@@ -18,10 +19,12 @@ LoRA factors. Results of other settings in the output file are not used.
 
 import argparse
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,11 +53,11 @@ from fedelta.learning.pretrained import tokenizer
 from fedelta.learning.text import encode
 from fedelta.observe.intervals import interval
 
-SITES, ALPHA, ROUNDS, LOCAL_STEPS, BATCH, RANK, MAX_LENGTH = 8, 0.5, 5, 12, 16, 8, 32
+SITES, ALPHA, ROUNDS, BATCH, RANK, MAX_LENGTH = 8, 0.5, 5, 16, 8, 32
 TRAIN, VALIDATION, TEST = 2000, 800, 4000
-GRID = (5e-4, 1e-3, 2e-3, 4e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS = (100, 101)
-SETTINGS = digest([SITES, ALPHA, ROUNDS, LOCAL_STEPS, BATCH, RANK, MAX_LENGTH, TRAIN, VALIDATION, TEST])[:8]
+SETTINGS = digest([SITES, ALPHA, ROUNDS, BATCH, RANK, MAX_LENGTH, TRAIN, VALIDATION, TEST])[:8]
 
 
 def _shuffled(rows: torch.Tensor, purpose: str, seed: int) -> torch.Tensor:
@@ -80,32 +83,33 @@ class Data:
 
 @dataclass(frozen=True)
 class Method:
-    """`sites` sites, or 1 for pooled training, `steps` local steps in each of `rounds` rounds."""
+    """`steps` of pooled training, from the steps that each site does in a round; None is federated training."""
 
     name: str
-    sites: int
-    rounds: int
-    steps: int
+    steps: Callable[[list[int]], int] | None = None
 
     def accuracy(self, task: Task, train: Examples, test: Examples, lr: float, seed: int) -> float:
-        training = Training(optimizer=AdamW(lr=lr), batch=BATCH, epochs=None, steps=self.steps, clip=1.0)
+        parts = Dirichlet(alpha=ALPHA, minimum=BATCH)(train.targets.numpy(), SITES, seed)
+        data = {f"site-{i}": train[torch.from_numpy(part)] for i, part in enumerate(parts)}
+        training, rounds = Training(optimizer=AdamW(lr=lr), batch=BATCH, clip=1.0), ROUNDS
+        if self.steps is not None:
+            steps = ROUNDS * self.steps([math.ceil(len(part) / BATCH) for part in parts])
+            data, training, rounds = {"pooled": train}, replace(training, epochs=None, steps=steps), 1
         federation = Federation(
             algorithm=FedAvg(task=task, training=training),
-            rounds=self.rounds,
+            rounds=rounds,
             seed=seed,
             test=test,
-            evaluate_every=self.rounds,
+            evaluate_every=rounds,
         )
-        parts = Dirichlet(alpha=ALPHA, minimum=BATCH)(train.targets.numpy(), self.sites, seed) if self.sites > 1 else []
-        data = {f"site-{i}": train[torch.from_numpy(part)] for i, part in enumerate(parts)} or {"pooled": train}
         *_, (_, report) = run(federation, Local(federation, data.__getitem__, list(data)))
         return report.metrics["test_accuracy"]
 
 
 METHODS = (
-    Method("federated", SITES, ROUNDS, LOCAL_STEPS),
-    Method("pooled, equal sequential steps", 1, 1, ROUNDS * LOCAL_STEPS),
-    Method("pooled, equal total steps", 1, 1, SITES * ROUNDS * LOCAL_STEPS),
+    Method("federated"),
+    Method("pooled, equal sequential steps", max),
+    Method("pooled, equal total steps", sum),
 )
 
 

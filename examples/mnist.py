@@ -55,7 +55,7 @@ class Network(nn.Module):
 
 def program() -> Federation[Parameters]:
     task = Task(model=Network, objective=Classification(classes=10))
-    training = Training(optimizer=SGD(lr=LR), batch=BATCH, epochs=EPOCHS, channels_last=True)
+    training = Training(optimizer=SGD(lr=LR), batch=BATCH, epochs=EPOCHS)
     return Federation(algorithm=FedAvg(task=task, training=training), sampling=Fixed(size=PER_ROUND), rounds=ROUNDS)
 
 

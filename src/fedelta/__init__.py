@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedelta.learning.optimizers import AdamW as AdamW
     from fedelta.learning.optimizers import Cosine as Cosine
     from fedelta.learning.optimizers import Exponential as Exponential
+    from fedelta.learning.plan import Plan as Plan
     from fedelta.learning.pretrained import Pretrained as Pretrained
     from fedelta.learning.task import Task as Task
     from fedelta.learning.training import Training as Training
@@ -62,6 +63,7 @@ _HOME = {
     "fleet.workers": ["Workers"],
     "learning.objectives": ["Classification", "Regression"],
     "learning.optimizers": ["SGD", "AdamW", "Cosine", "Exponential"],
+    "learning.plan": ["Plan"],
     "learning.pretrained": ["Pretrained"],
     "learning.task": ["Task"],
     "learning.training": ["Training"],

@@ -27,6 +27,13 @@ def task() -> Task:
     return Task(model=Small, objective=Classification(classes=3))
 
 
+def plain_task() -> Task:
+    """Without dropout and BatchNorm, so that its sites can be trained at once."""
+    return Task(
+        model=lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), objective=Classification(classes=3)
+    )
+
+
 def site_data(sites: int = 4, seed: int = 0) -> dict[str, Examples]:
     """Sites of 11, 14, 17, … rows whose classes can be told apart."""
     g = torch.Generator().manual_seed(seed)

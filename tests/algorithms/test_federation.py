@@ -19,7 +19,7 @@ from fedelta.algorithms.stopping import Best, Converged, Target
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
-from fedelta.core.messages import Request, Update
+from fedelta.core.messages import Request, Requests, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Report, Sight, Site, SiteData, run
 from fedelta.core.seeds import derive
@@ -29,7 +29,7 @@ from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD, AdamW
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
-from small_task import site_data, task
+from small_task import plain_task, site_data, task
 
 TRAINING = Training(optimizer=SGD(lr=0.1, momentum=0.5), batch=4)
 DATA = site_data()
@@ -416,15 +416,16 @@ def test_fewer_sites_than_must_answer() -> None:
     assert all(("train_loss" in report.metrics) == (len(report.cohort) >= 2) for report in reports)
 
 
-def test_an_interrupted_round_leaves_nothing_outstanding() -> None:
-    program = federation(rounds=1)
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_interrupted_round_leaves_nothing_outstanding(together: int) -> None:
+    program = federation(rounds=1, algorithm=FedAvg(task=plain_task(), training=TRAINING))
     fleet = Local(program, DATA.__getitem__, list(DATA))
-    requests = [Request(to=name, op="train", round=1, shared=start_of(program)) for name in DATA]
-    replies = Clear().gather(fleet, requests)
+    requests = Requests(to=list(DATA), op="train", round=1, shared=start_of(program))
+    replies = Clear().gather(fleet, requests, together)
     next(replies)
     replies.close()  # type: ignore[attr-defined]
     assert fleet.next_reply() is None
-    assert len(list(Clear().gather(fleet, requests))) == len(DATA)
+    assert len(list(Clear().gather(fleet, requests, together))) == -(-len(DATA) // together)
 
 
 def start_of(program: Federation[Any]) -> dict[str, Tensor]:

@@ -217,9 +217,10 @@ def test_every_other_option(finetune: Command) -> None:
     assert "/15 (" in printed  # half of the rows are test rows
     program = federation(finetune.model, LoRA(rank=4), 0.002, sampling=Fixed(size=2), seed=7)
     client = program.algorithm
-    training = replace(client.training, batch=5, epochs=2, bf16=True)
+    training = replace(client.training, batch=5, epochs=2)
     program = replace(program, algorithm=FedAvg(task=client.task, training=training))
     assert experiment(finetune) == digest(program)
+    assert json.loads((finetune.folder / "out" / "manifest.json").read_text())["plan"]["bf16"] is True
     (report,) = (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines()
     assert len(json.loads(report)["cohort"]) == 2
 

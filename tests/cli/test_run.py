@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,21 +241,28 @@ def test_only_what_is_frozen_is_digested() -> None:
     assert len({before, halved, frozen_digest(module)}) == 3
 
 
-def test_workers_do_not_import_what_a_step_needs_each_by_itself(experiment: Path, tmp_path: Path) -> None:
-    """The parent makes no step, so it has the module only if it was imported for the workers."""
-    script = """
-import sys
-from fedelta.cli.main import main
-try:
-    main()
-finally:
-    print("imported:", "torch._dynamo" in sys.modules)
-"""
-    arguments = ["run", experiment, "--out", tmp_path / "out", "--rounds", 1, "--workers", 1]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert "imported: True" in done.stdout, done.stderr
+def test_a_plan_is_chosen_kept_on_resume_and_taken_from_another_run(
+    fedelta: Fedelta, experiment: Path, tmp_path: Path
+) -> None:
+    plain, other, out = tmp_path / "plain", tmp_path / "other", tmp_path / "out"
+    fedelta("run", experiment, "--out", plain, "--rounds", 1, "--plan", "plain")
+    assert plan(plain) == {"threads": 1, "cohort": 1, "channels_last": False, "bf16": False, "device": "cpu"}
+    chosen = {**plan(plain), "channels_last": True}
+    shutil.copytree(plain, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"plan": chosen}))
+    fedelta("run", experiment, "--out", out, "--rounds", 1, "--plan", other)
+    assert plan(out) == chosen
+    printed = fedelta("run", experiment, "--out", out, "--rounds", 2, "--resume")
+    assert "Sites are trained" not in printed
+    assert plan(out) == chosen
+    assert "Sites are trained one by one" in fedelta("run", experiment, "--out", tmp_path / "auto", "--rounds", 1)
+    error = fedelta("run", experiment, "--out", tmp_path / "x", "--plan", tmp_path / "nothing", status=2)
+    assert "there is no run" in error
+
+
+def plan(out: Path) -> object:
+    return json.loads((out / "manifest.json").read_text())["plan"]
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(

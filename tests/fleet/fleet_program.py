@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedelta.core.errors import BadInput, TrainingFailed
-from fedelta.core.messages import Reply, Request
+from fedelta.core.messages import Replies, Reply, Request, Requests
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Fleet, Report, Site
 from fedelta.core.seeds import generator, seeded
@@ -33,7 +34,10 @@ def model() -> nn.Module:
 
 @dataclass(frozen=True)
 class Play:
-    """`handle` does what `op` says; `step` is one round of federated averaging, dropout included."""
+    """`handle` does what `op` says; `step` is one round of federated averaging, dropout included.
+
+    `handle_many` does it for each site, one after the other, and where there is a `_many` of it, that.
+    """
 
     rounds: int = 3
 
@@ -57,6 +61,77 @@ class Play:
 
     def handle(self, request: Request, site: Site) -> Reply:
         return getattr(self, request.op)(request, site)  # type: ignore[no-any-return]
+
+    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        assert [site.id for site in sites] == [*requests.to]
+        own = getattr(self, f"{requests.op}_many", None)
+        if own is not None:
+            return own(requests, sites)  # type: ignore[no-any-return]
+        body, errors = {}, {}
+        for request, site in zip(requests, sites, strict=True):
+            try:
+                body |= {f"{site.id}/{name}": x for name, x in self.handle(request, site).body.items()}
+            except OSError as error:
+                errors[site.id] = str(error)
+        senders = [name for name in requests.to if name not in errors]
+        return Replies(senders=senders, answers=requests.id, round=requests.round, body=body, errors=errors)
+
+    def echo_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        body = {f"shared/{name}": x for name, x in requests.shared.items()}
+        for name in requests.to:
+            body |= {f"{name}/{key}": x for key, x in requests.bodies.get(name, {}).items()}
+        body["bases"] = torch.tensor([requests.bases.get(name, -1) for name in requests.to])
+        body["threads"] = torch.tensor(torch.get_num_threads())
+        return Replies(senders=requests.to, answers=requests.id, round=requests.round, body=body)
+
+    def fail_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Fail as `job` says."""
+        return self.fail(Request(to="", op="fail", round=0, meta={"kind": requests.job}), sites[0])  # type: ignore[return-value]
+
+    def mistake_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Answer what was not asked, as `job` says."""
+        answers = "other requests" if requests.job == "stray" else requests.id
+        senders = {"missing": requests.to[1:], "double": [*requests.to, requests.to[0]], "more": [*requests.to, "fir"]}
+        errors = {requests.to[0]: "failed"} if requests.job == "both" else {}
+        body = {"w": torch.eye(3).to_sparse()} if requests.job == "unsendable" else {}
+        who = senders.get(requests.job, requests.to)
+        return Replies(senders=who, answers=answers, round=requests.round, body=body, errors=errors)
+
+    def overwrite_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        for tensors in (requests.shared, *requests.bodies.values()):
+            for tensor in tensors.values():
+                tensor.add_(1)
+        return Replies(senders=requests.to, answers=requests.id, round=requests.round)
+
+    def die_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Be killed, as often as `job` says: "times folder"."""
+        times, _, folder = requests.job.partition(" ")
+        self.die(Request(to="", op="die", round=0, meta={"times": times, "folder": folder}), sites[0])
+        return Replies(senders=requests.to, answers=requests.id, round=requests.round)
+
+    def gate_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """As `gate`, for the first site alone; the folder is the job."""
+        meta = {"folder": requests.job}
+        self.gate(Request(to=sites[0].id, op="gate", round=requests.round, meta=meta), sites[0])
+        return Replies(senders=requests.to, answers=requests.id, round=requests.round)
+
+    def gate(self, request: Request, site: Site) -> Reply:
+        """Say that this site has begun, and in which process; then wait until it may end, for at most a minute."""
+        folder = Path(str(request.meta["folder"]))
+        with (folder / "begun").open("a") as file:
+            file.write(f"{site.id} {request.round} {os.getpid()}\n")
+        for _ in range(6000):
+            if (folder / site.id).exists():
+                return Reply(sender=site.id, answers=request.id, round=request.round, meta={"pid": os.getpid()})
+            time.sleep(0.01)
+        raise BadInput(f"nobody let {site.id} go")
+
+    def rest(self, request: Request, site: Site) -> Reply:
+        """Take as many seconds as the request says; and say who came before, by the file `begun`."""
+        with (Path(str(request.meta["folder"])) / "begun").open("a") as file:
+            file.write(f"{site.id}\n")
+        time.sleep(float(str(request.meta["seconds"])))
+        return Reply(sender=site.id, answers=request.id, round=request.round)
 
     def echo(self, request: Request, site: Site) -> Reply:
         return Reply(

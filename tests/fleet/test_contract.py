@@ -1,6 +1,7 @@
 """What every fleet does, in this process and in worker processes alike."""
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fedelta.core.errors import BadInput, BadTensors
-from fedelta.core.messages import Reply, Request, Tensors
+from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Fleet, run
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Start, Workers
@@ -24,6 +25,12 @@ def local(names: Sequence[str] = NAMES) -> Iterator[Fleet]:
 
 
 @contextmanager
+def spilling(names: Sequence[str] = NAMES) -> Iterator[Fleet]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Local(Play(), load, names, spill=Path(folder))
+
+
+@contextmanager
 def workers(names: Sequence[str] = NAMES, *, count: int, start: Start = "fork") -> Iterator[Fleet]:
     with Workers(Play(), load, names, workers=count, start=start) as fleet:
         yield fleet
@@ -31,6 +38,7 @@ def workers(names: Sequence[str] = NAMES, *, count: int, start: Start = "fork") 
 
 KINDS: dict[str, Callable[..., AbstractContextManager[Fleet]]] = {
     "local": local,
+    "local with memory in files": spilling,
     "one worker": partial(workers, count=1),
     "three workers": partial(workers, count=3),
 }
@@ -252,3 +260,172 @@ def test_threads_of_the_coordinator_are_restored(tmp_path: Path) -> None:
         torch.set_num_threads(before)
     with pytest.raises(BadInput, match="threads must be >= 1"):
         Local(Play(), load, NAMES, threads=0)
+    with pytest.raises(BadInput, match="must be a folder"):
+        Local(Play(), load, NAMES, spill=tmp_path / "nothing")
+
+
+def together(fleet: Fleet, requests: Requests, together: int) -> dict[tuple[str, ...], Replies]:
+    """The replies to `requests` by the sites of their part, in the order of the requests."""
+    fleet.submit_many(requests, together)
+    found: dict[tuple[str, ...], Replies] = {}
+    while (replies := fleet.next_reply()) is not None:
+        assert isinstance(replies, Replies)
+        assert replies.answers == requests.id
+        assert replies.round == requests.round
+        answered = {*replies.senders, *replies.errors}
+        found[tuple(name for name in requests.to if name in answered)] = replies
+    return dict(sorted(found.items(), key=lambda item: requests.to.index(item[0][0])))
+
+
+def test_requests_are_handled_in_parts_in_their_order(fleet: Fleet) -> None:
+    names = ("dune", "amber", "elm", "birch", "cedar")
+    bodies = {name: {"x": torch.full((3,), float(at)), "a/b": torch.tensor(at)} for at, name in enumerate(names[1:])}
+    shared = {"v": torch.arange(1000)}
+    requests = Requests(to=names, op="echo", round=3, bases={"elm": 2, "dune": 1}, shared=shared, bodies=bodies)
+    for size, parts in {
+        2: [("dune", "amber"), ("elm", "birch"), ("cedar",)],
+        9: [names],
+    }.items():
+        found = together(fleet, requests, size)
+        assert [*found] == parts
+        for part, replies in found.items():
+            assert tuple(replies.senders) == part
+            assert not replies.errors
+            own = {f"{name}/{key}": x for name in part for key, x in bodies.get(name, {}).items()}
+            bases = torch.tensor([{"elm": 2, "dune": 1}.get(name, -1) for name in part])
+            sent = {**own, "shared/v": shared["v"], "bases": bases, "threads": torch.tensor(1)}
+            assert same(replies.body, sent)
+
+
+def test_many_give_the_same_bits_in_every_fleet_and_as_one_by_one() -> None:
+    shared = {"vector": Play().init()[1]}
+    single = {}
+    with KINDS["local"]() as fleet:
+        for name in NAMES[:4]:
+            single[name] = ask(fleet, Request(to=name, op="train", round=1, shared=shared)).body["difference"]
+    for open_fleet in KINDS.values():
+        for size in (2, 5):
+            with open_fleet() as fleet:
+                found = together(fleet, Requests(to=NAMES, op="train", round=1, shared=shared), size)
+            trained = {key.partition("/")[0]: x for replies in found.values() for key, x in replies.body.items()}
+            assert same(trained, single)
+            errors = {name: error for replies in found.values() for name, error in replies.errors.items()}
+            assert errors.keys() == {"elm"}
+            assert "elm.csv" in errors["elm"]
+
+
+def test_what_fails_as_a_whole_is_a_failure_of_every_site_of_its_part(fleet: Fleet) -> None:
+    for kind, said in {"user": "the loss is NaN", "memory": "out of memory", "allocation": "out of memory ("}.items():
+        found = together(fleet, Requests(to=NAMES, op="fail", round=1, job=kind), 3)
+        assert [*found] == [NAMES[:3], NAMES[3:]]
+        for part, replies in found.items():
+            assert not replies.senders
+            assert not replies.body
+            assert set(replies.errors) == set(part)
+            assert all(error.startswith(said) for error in replies.errors.values())
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [(job, "not of the sites that were asked, each once") for job in ("missing", "double", "more", "both")]
+    + [("stray", "other requests"), ("unsendable", "sparse_coo")],
+)
+def test_replies_to_what_was_not_asked_are_a_bug(fleet: Fleet, job: str, why: str) -> None:
+    with pytest.raises(RuntimeError, match=why):
+        together(fleet, Requests(to=NAMES[:3], op="mistake", round=1, job=job), 3)
+    assert fleet.next_reply() is None
+    assert ask(fleet, Request(to="amber", op="echo", round=2)).error is None
+
+
+@pytest.mark.parametrize("where", ["shared", "bodies"])
+def test_writing_into_what_many_were_given_is_a_bug(fleet: Fleet, where: str) -> None:
+    given: dict[str, Any] = {"vector": torch.zeros(3)}
+    with pytest.raises(RuntimeError, match="clone them before writing"):
+        together(
+            fleet,
+            Requests(
+                to=("amber",), op="overwrite", round=1, **{where: given if where == "shared" else {"amber": given}}
+            ),
+            2,
+        )
+
+
+def test_a_bug_in_one_part_leaves_the_others(fleet: Fleet) -> None:
+    fleet.submit_many(Requests(to=("amber", "birch"), op="bug", round=1), 1)
+    for _ in range(2):
+        with pytest.raises((KeyError, RuntimeError), match="not what was meant"):
+            fleet.next_reply()
+    assert fleet.next_reply() is None
+
+
+def test_cancelled_requests_are_not_answered(fleet: Fleet) -> None:
+    requests = Requests(to=NAMES, op="echo", round=1)
+    fleet.submit_many(requests, 2)
+    fleet.submit(Request(to="amber", op="echo", round=1))
+    assert fleet.next_reply() is not None
+    fleet.cancel(requests.id)
+    fleet.cancel(requests.id)
+    assert [reply.answers for reply in everything(fleet)] == [f"{requests.id}/amber"]
+    assert len(together(fleet, requests, 2)) == 3  # the id is free again
+    fleet.cancel(requests.id)
+
+
+def test_many_and_single_requests_of_a_site_come_in_their_order(fleet: Fleet) -> None:
+    """Each finds the memory that the one before has left."""
+    for round in range(1, 9):
+        names = NAMES[:4] if round % 4 else NAMES[3::-1]
+        if round % 2:
+            bases = dict.fromkeys(names, round - 1 if round > 1 else -1)
+            fleet.submit_many(Requests(to=names, op="count", round=round, bases=bases), 3)
+        else:
+            for name in names:
+                fleet.submit(Request(to=name, op="count", round=round, base=round - 1))
+    asked: dict[str, list[int]] = {name: [] for name in NAMES[:4]}
+    while (reply := fleet.next_reply()) is not None:
+        if isinstance(reply, Replies):
+            for name in reply.senders:
+                asked[name].append(int(reply.body[f"{name}/asked"]))
+        else:
+            asked[reply.sender].append(int(reply.body["asked"]))
+    assert all(counts == [*range(1, 9)] for counts in asked.values())
+
+
+def test_scratch_of_many_lasts_for_one_attempt(fleet: Fleet) -> None:
+    tried = []
+    for round, attempt, base in [(1, 0, -1), (1, 0, -1), (1, 1, -1), (2, 0, 1), (2, 0, 1), (2, 1, 1), (2, 0, 1)]:
+        requests = Requests(to=NAMES[:4], op="count", round=round, attempt=attempt, bases=dict.fromkeys(NAMES, base))
+        found = together(fleet, requests, 2)
+        tried += [{int(x) for replies in found.values() for key, x in replies.body.items() if key.endswith("tried")}]
+    assert tried == [{1}, {2}, {1}, {1}, {2}, {1}, {1}]
+
+
+def test_parts_of_one_are_single_requests(fleet: Fleet) -> None:
+    names, shared = ("dune", "amber", "birch"), {"v": torch.arange(10)}
+    requests = Requests(to=names, op="echo", round=3, bases={"dune": 1}, shared=shared)
+    fleet.submit_many(requests, 1)
+    found = everything(fleet)
+    for request in requests:
+        fleet.submit(request)
+    expected = everything(fleet)
+    for replies in (found, expected):
+        assert sorted(reply.answers for reply in replies) == sorted(requests.id_to(name) for name in names)
+    assert {reply.sender: reply.meta for reply in found} == {reply.sender: reply.meta for reply in expected}
+
+
+def test_what_cannot_be_asked_of_many_is_refused(fleet: Fleet) -> None:
+    with pytest.raises(BadInput, match=r"no site 'fir' among the 5 of this fleet \('amber', .*sites\(\)"):
+        fleet.submit_many(Requests(to=("amber", "fir"), op="echo", round=1), 2)
+    with pytest.raises(BadInput, match="named twice"):
+        fleet.submit_many(Requests(to=("amber", "birch", "amber"), op="echo", round=1), 1)
+    with pytest.raises(BadInput, match="together must be >= 1, got 0"):
+        fleet.submit_many(Requests(to=("amber",), op="echo", round=1), 0)
+    sparse = {"w": torch.eye(3).to_sparse()}
+    for given in ({"shared": sparse}, {"bodies": {"amber": sparse}}):
+        with pytest.raises(BadTensors, match="sparse_coo"):
+            fleet.submit_many(Requests(to=("amber",), op="echo", round=1, **given), 1)  # type: ignore[arg-type]
+    fleet.submit_many(Requests(to=(), op="echo", round=1), 1)
+    assert fleet.next_reply() is None
+    fleet.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
+    with pytest.raises(BadInput, match="already outstanding"):
+        fleet.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
+    assert len(everything(fleet)) == 2

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from fedelta.core.errors import BadInput, UnsoundCombination
-from fedelta.core.messages import Reply, Request
+from fedelta.core.messages import Replies, Reply, Request, Requests
 from fedelta.fleet.workers import SiteBug, WorkerDidNotStart, Workers
 from fleet_program import NAMES, Play, load
 
@@ -64,8 +65,9 @@ def ask(fleet: Workers, to: str, op: str, attempt: int = 0, **meta: str | int) -
     return reply
 
 
-def homes(fleet: Workers, attempt: int = 0) -> dict[str, int]:
-    for name in NAMES:
+def homes(fleet: Workers, attempt: int = 0, names: Sequence[str] = NAMES) -> dict[str, int]:
+    """Which process each site was handled by."""
+    for name in names:
         fleet.submit(Request(to=name, op="whoami", round=1, attempt=attempt))
     found: dict[str, int] = {}
     while (reply := fleet.next_reply()) is not None:
@@ -73,12 +75,159 @@ def homes(fleet: Workers, attempt: int = 0) -> dict[str, int]:
     return found
 
 
-def test_sites_are_spread_and_stay() -> None:
+def begun(folder: Path) -> list[str]:
+    """Which sites have begun, in their order."""
+    file = folder / "begun"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def gate(fleet: Workers, folder: Path, *names: str, round: int = 1) -> None:
+    """Let each of these sites begin, and none end before its file is there."""
+    for name in names:
+        fleet.submit(Request(to=name, op="gate", round=round, meta={"folder": str(folder)}))
+    assert fleet.next_reply(0) is None
+
+
+def opened(fleet: Workers, folder: Path, name: str) -> int:
+    """Let this site end, and no other; the process that it was in."""
+    (folder / name).touch()
+    reply = fleet.next_reply()
+    assert reply.sender == name
+    (folder / name).unlink()
+    return int(reply.meta["pid"])
+
+
+def test_each_worker_has_a_site_and_no_site_waits_for_its_worker(tmp_path: Path) -> None:
     with Workers(Play(), load, NAMES, workers=2) as fleet:
-        first, second = homes(fleet), homes(fleet, attempt=1)
-    assert first == second
-    assert sorted(list(first.values()).count(process) for process in set(first.values())) == [2, 3]
-    assert os.getpid() not in first.values()
+        gate(fleet, tmp_path, "amber", "birch")
+        eventually(lambda: len(begun(tmp_path)) == 2)
+        one = opened(fleet, tmp_path, "amber")
+        other = opened(fleet, tmp_path, "birch")
+        assert len({one, other, os.getpid()}) == 3
+        names = {"cedar", "dune", "birch"}
+        gate(fleet, tmp_path, *names, round=2)
+        eventually(lambda: len(begun(tmp_path)) == 4)
+        assert fleet.next_reply(0) is None
+        first, second = begun(tmp_path)[2:]
+        (third,) = names - {first, second}  # waits for the worker that is free first, wherever its site was before
+        free = opened(fleet, tmp_path, first)
+        eventually(lambda: begun(tmp_path)[4:] == [third])
+        opened(fleet, tmp_path, second)
+        assert opened(fleet, tmp_path, third) == free
+        gate(fleet, tmp_path, first, third, round=3)  # both were last at the same worker: the other one takes one
+        eventually(lambda: len(begun(tmp_path)) == 7)
+        assert {opened(fleet, tmp_path, first), opened(fleet, tmp_path, third)} == {one, other}
+
+
+def test_requests_of_one_site_do_not_overlap_though_workers_are_idle(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=3) as fleet:
+        gate(fleet, tmp_path, "amber")
+        gate(fleet, tmp_path, "amber", round=2)
+        fleet.submit_many(Requests(to=("birch", "amber"), op="echo", round=3), 2)
+        fleet.submit(Request(to="birch", op="echo", round=4))
+        fleet.submit(Request(to="cedar", op="echo", round=5))
+        assert fleet.next_reply().round == 5  # the others wait for amber, one for the other
+        assert fleet.next_reply(0.05) is None
+        assert begun(tmp_path) == ["amber"]
+        (tmp_path / "amber").touch()
+        assert [fleet.next_reply().round for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_the_longest_is_begun_first(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=1) as fleet:
+        for round in (1, 2):
+            for name in NAMES[:4]:
+                meta = {"folder": str(tmp_path), "seconds": 1 if name == "cedar" and round == 1 else 0}
+                fleet.submit(Request(to=name, op="rest", round=round, meta=meta))
+            while fleet.next_reply() is not None:
+                pass
+    assert begun(tmp_path)[:4] == [*NAMES[:4]]
+    assert begun(tmp_path)[4] == "cedar"
+
+
+def test_parts_are_spread_over_the_workers(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=2) as fleet:
+        requests = Requests(to=NAMES[:4], op="gate", round=1, job=str(tmp_path))
+        fleet.submit_many(requests, 2)
+        assert fleet.next_reply(0) is None
+        eventually(lambda: sorted(begun(tmp_path)) == ["amber", "cedar"])
+        (tmp_path / "cedar").touch()
+        assert fleet.next_reply().senders == ["cedar", "dune"]
+        fleet.cancel(requests.id)
+        assert fleet.next_reply() is None  # the part that runs is no longer awaited
+
+
+def test_memory_moves_with_its_site(tmp_path: Path) -> None:
+    """Each worker goes on with what the others have left, also after one was killed."""
+    with Workers(Play(), load, NAMES, workers=3) as fleet:
+        places = set()
+        for round in range(1, 7):
+            busy = NAMES[1 + round % 2]  # takes a worker, so that amber goes to another one
+            gate(fleet, tmp_path, busy, round=round)
+            eventually(lambda round=round: len(begun(tmp_path)) == round)  # type: ignore[misc]
+            fleet.submit(Request(to="amber", op="count", round=round, base=round - 1 if round > 1 else -1))
+            assert fleet.next_reply().body["asked"] == round
+            reply = ask(fleet, "amber", "whoami", round)
+            places.add(reply.meta["pid"])
+            opened(fleet, tmp_path, busy)
+            if round == 3:
+                os.kill(int(str(reply.meta["pid"])), signal.SIGKILL)
+        assert len(places) > 1
+
+
+def test_memory_lies_in_one_folder_that_goes_with_the_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name = "a/../\ud800 " + "long" * 100  # no file could have it
+    with Workers(Play(), load, [name, "b"], workers=2) as fleet:
+        homes(fleet, names=[name, "b"])
+        (folder,) = tmp_path.iterdir()
+        assert not [*folder.iterdir()]  # a site that keeps nothing has none
+        fleet.submit(Request(to=name, op="count", round=1))
+        assert fleet.next_reply().error is None
+        assert len([*folder.iterdir()]) == 1
+    assert not [*tmp_path.iterdir()]
+    dropped = Workers(Play(), load, NAMES, workers=1)
+    del dropped
+    gc.collect()
+    eventually(lambda: not [*tmp_path.iterdir()])
+
+
+def test_scratch_that_lies_in_two_processes_cannot_be_had_in_one_part(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=2) as fleet:
+        gate(fleet, tmp_path, "cedar")
+        eventually(lambda: begun(tmp_path) == ["cedar"])
+        fleet.submit(Request(to="amber", op="count", round=2))
+        assert fleet.next_reply().error is None
+        opened(fleet, tmp_path, "cedar")
+        fleet.submit(Request(to="amber", op="gate", round=2, meta={"folder": str(tmp_path)}))
+        assert fleet.next_reply(0) is None
+        eventually(lambda: begun(tmp_path) == ["cedar", "amber"])
+        fleet.submit(Request(to="birch", op="count", round=2))
+        assert fleet.next_reply().error is None
+        opened(fleet, tmp_path, "amber")
+        fleet.submit_many(Requests(to=("amber", "birch"), op="count", round=2), 2)
+        with pytest.raises(SiteBug, match="ask them in the same parts as before"):
+            fleet.next_reply()
+        assert fleet.next_reply() is None
+        tried = {}
+        for name in ("amber", "birch"):
+            fleet.submit_many(Requests(to=(name,), op="count", round=2), 2)
+            tried |= {key: int(x) for key, x in fleet.next_reply().body.items() if "tried" in key}
+        assert tried == {"amber/tried": 2, "birch/tried": 2}
+
+
+def test_a_part_whose_worker_is_killed_is_tried_again(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=2) as fleet:
+        for times in (1, 9):
+            folder = tmp_path / str(times)
+            folder.mkdir()
+            fleet.submit_many(Requests(to=NAMES[:3], op="die", round=1, job=f"{times} {folder}"), 3)
+            replies = fleet.next_reply()
+            assert isinstance(replies, Replies)
+            said = dict.fromkeys(NAMES[:3], "its worker process died (signal 9) twice")
+            assert (replies.senders, replies.errors) == ([*NAMES[:3]], {}) if times == 1 else ((), said)
+            assert fleet.next_reply() is None
+            assert len((folder / "deaths").read_text()) == min(times, 2)
 
 
 def test_there_are_no_more_workers_than_sites() -> None:
@@ -90,6 +239,7 @@ def test_close_ends_busy_workers_and_may_be_repeated(tmp_path: Path) -> None:
     fleet = Workers(Play(), load, NAMES, workers=2)
     for name in NAMES:
         fleet.submit(Request(to=name, op="wait", round=1, meta={"folder": str(tmp_path)}))
+    assert fleet.next_reply(0) is None  # only this begins what was submitted
     eventually(lambda: (tmp_path / "begun").exists())
     fleet.close()
     fleet.close()
@@ -165,8 +315,9 @@ def test_the_reply_of_a_cancelled_running_request_is_dropped(tmp_path: Path) -> 
         ]
         for request in requests:
             fleet.submit(request)
+        assert fleet.next_reply(0) is None
         eventually((tmp_path / "begun").exists)
-        for request in requests[:3]:  # one runs, one is at the worker, one is in the queue
+        for request in requests[:3]:  # one runs, and the others wait for it
             fleet.cancel(request.id)
         (tmp_path / "go").touch()
         reply = fleet.next_reply()
@@ -174,6 +325,24 @@ def test_the_reply_of_a_cancelled_running_request_is_dropped(tmp_path: Path) -> 
         assert reply.answers == requests[3].id
         assert fleet.next_reply() is None
         assert len((tmp_path / "begun").read_text().splitlines()) == 2
+
+
+def test_what_a_worker_has_ahead_can_be_withdrawn(tmp_path: Path) -> None:
+    with Workers(Play(), load, NAMES, workers=1) as fleet:
+        requests = [Request(to=to, op="wait", round=1, meta={"folder": str(tmp_path)}) for to in NAMES[:4]]
+        for request in requests:
+            fleet.submit(request)
+        assert fleet.next_reply(0) is None
+        eventually((tmp_path / "begun").exists)
+        assert [len(worker.busy) for worker in fleet._workers] == [2]
+        for request in requests[:3]:  # one runs, one is at the worker, one is in the queue
+            fleet.cancel(request.id)
+        (tmp_path / "go").touch()
+        reply = fleet.next_reply()
+        assert reply is not None
+        assert reply.answers == requests[3].id
+        assert fleet.next_reply() is None
+        assert begun(tmp_path) == ["amber", "dune"]
 
 
 def test_a_cancelled_reply_that_has_arrived_is_dropped() -> None:
@@ -188,18 +357,18 @@ def test_a_cancelled_reply_that_has_arrived_is_dropped() -> None:
 
 def test_a_killed_worker_is_replaced_and_the_request_tried_again(tmp_path: Path) -> None:
     with Workers(Play(), load, NAMES, workers=2) as fleet:
-        before = homes(fleet)
+        before = {worker.process.pid for worker in fleet._workers}
         for name in NAMES:
             op = "die" if name == "amber" else "whoami"
             fleet.submit(Request(to=name, op=op, round=2, meta={"folder": str(tmp_path), "times": 1}))
         after: dict[str, Reply] = {}
         while (reply := fleet.next_reply()) is not None:
             after[reply.sender] = reply
-        moved = {name for name in NAMES if after[name].meta["pid"] != before[name]}
         assert set(after) == set(NAMES)
         assert all(reply.error is None for reply in after.values())
-        assert moved == {name for name in NAMES if before[name] == before["amber"]}
-        assert ask(fleet, "amber", "whoami", 1).meta == after["amber"].meta
+        processes = {worker.process.pid for worker in fleet._workers}
+        assert len(processes) == 2
+        assert len(processes & before) == 1
 
 
 def test_a_request_that_kills_twice_fails_and_the_others_do_not(tmp_path: Path) -> None:
@@ -251,7 +420,7 @@ def test_a_bug_carries_the_site_and_the_workers_traceback() -> None:
             SiteBug, match=r"(?s)site 'cedar'.*Traceback.*in bug.*KeyError: 'not what was meant'"
         ) as caught:
             ask(fleet, "cedar", "bug")
-        assert caught.value.site == "cedar"
+        assert caught.value.sites == ("cedar",)
         with pytest.raises(SiteBug, match="SystemExit: 3"):
             ask(fleet, "cedar", "leave")
         assert ask(fleet, "cedar", "echo").error is None
@@ -384,6 +553,7 @@ if __name__ == "__main__":
     print(*pids, flush=True)
     for name in NAMES[:2]:  # at different workers; a third one, if there is one, stays idle
         fleet.submit(Request(to=name, op="wait", round=2, meta=dict(folder={folder!r})))
+    fleet.next_reply(0)  # begins what was submitted
     {then}
 """
 

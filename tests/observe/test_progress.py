@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from fedelta.core.messages import Reply, Request
+from fedelta.core.messages import Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
 from fedelta.observe.progress import Progress, Watched
 
@@ -23,6 +23,10 @@ class Echo:
 
     def submit(self, request: Request) -> None:
         self.waiting.append(request)
+
+    def submit_many(self, requests: Requests, together: int) -> None:
+        for request in requests:
+            self.submit(request)
 
     def next_reply(self, timeout_s: float | None = None) -> Reply | None:
         return Reply.to_request(self.waiting.popleft(), {}) if self.waiting else None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedelta.core.errors import BadInput, TooFewSites
-from fedelta.core.messages import Kind, Update
+from fedelta.core.messages import Kind, Update, Updates
 from fedelta.core.parameters import Entry, Layout, Parameters
 from fedelta.core.program import Sight
 
@@ -74,6 +74,28 @@ class Mean:
             accumulator.add(update)
             del update  # or it would stay in memory while the next one arrives
         return accumulator.total()
+
+    def refuse_many(self, updates: Updates) -> Mapping[int, str]:
+        """The rows of `updates` that `refuse` refuses, with the reason."""
+        numbers = torch.stack([updates.weights, *updates.sums.values()])
+        good = torch.tensor([self.weight_bound, *[_NUMBER_BOUND] * len(updates.sums)])[:, None]
+        if _magnitude(updates.values) <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
+            return {}  # the usual case, and one pass over the values
+        reasons = ((row, self.refuse(update)) for row, update in enumerate(updates))
+        return {row: reason for row, reason in reasons if reason is not None}
+
+    def combine(self, updates: Updates) -> Update:
+        """The mean of `updates` by one product, in their order and dtype; its grid comes when it is added to others."""
+        weight = math.fsum(updates.weights.tolist())
+        shares = updates.weights / weight if weight else updates.weights
+        values = shares.to(updates.values.device, updates.values.dtype) @ updates.values
+        return Update(
+            values=Parameters(updates.layout, values.cpu()),
+            kind=updates.kind,
+            weight=weight,
+            sums={name: math.fsum(numbers.tolist()) for name, numbers in updates.sums.items()},
+            count=len(updates),
+        )
 
     def resolution(self, cohort: int) -> float:
         """The distance between two points of the grid for floating-point entries, in weight × parameter units."""

@@ -1,9 +1,9 @@
 """What a rule is: how the updates of a round become one."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
-from fedelta.core.messages import Update
+from fedelta.core.messages import Update, Updates
 from fedelta.core.program import Sight
 
 
@@ -24,4 +24,17 @@ class Rule(Protocol):
 
         Raises TooFewSites if nothing can be made of what arrived, and BadInput for an update that `refuse` refuses.
         """
+        ...
+
+
+@runtime_checkable
+class ManyRule(Rule, Protocol):
+    """A rule that can begin its work where many sites trained at once: one update goes on instead of all of them."""
+
+    def refuse_many(self, updates: Updates) -> Mapping[int, str]:
+        """As `refuse` for each row; those that cannot be taken, with the reason."""
+        ...
+
+    def combine(self, updates: Updates) -> Update:
+        """One update that stands for all these, with their number as its `count`; none of them is refused."""
         ...

@@ -6,9 +6,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fedelta.core.messages import Kind, PartyId, Tensors, Update
+from fedelta.core.errors import BadInput, FedeltaError
+from fedelta.core.examples import Examples
+from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
+from fedelta.learning.cohort import train_many
+from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
 
@@ -23,6 +27,7 @@ class Incoming:
     round: int
     seed: int  # of the run: decides how the model is built
     local_seed: int  # of this site in this round: decides its shuffling and dropout
+    plan: Plan
 
 
 class Algorithm(Protocol[S]):
@@ -53,6 +58,13 @@ class Algorithm(Protocol[S]):
         """A site's work."""
         ...
 
+    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+        """As `local` of each site, to rounding, at once; the sites that failed are apart, with the reason.
+
+        The values may be overwritten by the next call.
+        """
+        ...
+
     def step(self, state: S, total: Update) -> S:
         """The state after a round whose aggregate is `total`."""
         ...
@@ -62,15 +74,80 @@ def delta(task: Task, training: Training, incoming: Incoming, site: Site, *, pro
     """Train from the broadcast on the site's data: the difference, weighted by its number of examples."""
     data = site.data().train
     task.check(data)
-    model = task.flat(incoming.seed, training.device, channels_last=training.channels_last)
+    model = task.flat(incoming.seed, incoming.plan)
     start = Parameters(model.layout, incoming.tensors["parameters"])
     model.load(start)
     sums = train(
-        model, data, task.objective, training, round=incoming.round, seed=incoming.local_seed, proximal=proximal
+        model,
+        data,
+        task.objective,
+        training,
+        incoming.plan,
+        round=incoming.round,
+        seed=incoming.local_seed,
+        proximal=proximal,
     )
     end = model.read()
     torch.sub(end.vector, start.vector, out=end.vector)
     return Update(values=end, weight=float(len(data)), sums=sums)
+
+
+def delta_many(
+    task: Task, training: Training, incoming: Sequence[Incoming], sites: Sequence[Site], *, proximal: float = 0.0
+) -> tuple[Updates, dict[PartyId, str]]:
+    """As `delta` for each site, trained at once; and the sites that failed, with the reason.
+
+    Sites whose examples have another form than the others' are trained in a batch of their own. The values are valid
+    until sites are trained at once again.
+    """
+    model = task.cohort(incoming[0].seed, incoming[0].plan)
+    start = Parameters(model.layout, incoming[0].tensors["parameters"])
+    examples, failed = _loaded(task, sites)
+    groups: dict[object, list[int]] = {}
+    for index, own in examples.items():
+        groups.setdefault(own.form, []).append(index)
+    parts = []
+    for group in groups.values():
+        trained = train_many(
+            model,
+            start,
+            Examples.cat([examples[index] for index in group]),
+            [len(examples[index]) for index in group],
+            task.objective,
+            training,
+            incoming[0].plan,
+            round=incoming[0].round,
+            seeds=[incoming[index].local_seed for index in group],
+            proximal=proximal,
+        )
+        updates = Updates(
+            senders=[sites[index].id for index in group],
+            layout=model.layout,
+            values=trained.deltas if len(groups) == 1 else trained.deltas.clone(),
+            weights=torch.tensor([float(len(examples[index])) for index in group], dtype=torch.float64),
+            sums=trained.sums,
+        )
+        failed |= {updates.senders[row]: reason for row, reason in trained.failed.items()}
+        parts.append(updates.without(trained.failed))
+    return Updates.cat(parts, model.layout), failed
+
+
+def _loaded(task: Task, sites: Sequence[Site]) -> tuple[dict[int, Examples], dict[PartyId, str]]:
+    """The training examples of each site by its index, and the sites that have none to learn from."""
+    found: dict[int, Examples] = {}
+    failed: dict[PartyId, str] = {}
+    for index, site in enumerate(sites):
+        try:
+            data = site.data().train
+            task.check(data)
+            if not len(data):
+                raise BadInput("this site has no training examples")
+            found[index] = data
+        except FedeltaError as error:
+            failed[site.id] = str(error)
+        except OSError as error:
+            failed[site.id] = f"{type(error).__name__}: {error}"
+    return found, failed
 
 
 def moved(parameters: Parameters, total: Update) -> Parameters:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import torch
 from torch import nn
 
 from fedelta.aggregation.mean import Mean
-from fedelta.aggregation.rule import Rule
+from fedelta.aggregation.rule import ManyRule, Rule
 from fedelta.algorithms.algorithm import Algorithm, Incoming
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.sampling import All, Fixed, Sampling
@@ -22,12 +23,13 @@ from fedelta.algorithms.stopping import Best, Stop
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
-from fedelta.core.messages import PartyId, Reply, Request, Tensors, Update
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.seeds import derive
 from fedelta.core.threads import intra_op_threads
 from fedelta.learning.flat import FlatModel
+from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
 
 S = TypeVar("S")
@@ -60,6 +62,7 @@ class Federation(Generic[S]):
     min_sites: int = 1  # that must answer for a round to count
     test: Examples | None = field(default=None, metadata={"digest": False})  # held out at the coordinator
     evaluate_every: int = 1  # rounds between evaluations; the last round is always evaluated
+    plan: Plan = field(default=Plan(), metadata={"digest": False})  # of the arithmetic: a manifest has it apart
     validate_at_sites: bool = False  # ask every site to evaluate on the part that it holds back
 
     def __post_init__(self) -> None:
@@ -115,12 +118,7 @@ class Federation(Generic[S]):
         algorithm, metrics = state.algorithm, dict[str, float]()
         if len(cohort) >= self.min_sites:  # Poisson sampling may draw fewer: a round in which nothing is learned
             shared, own = self.algorithm.broadcast(algorithm, cohort)
-            requests = [
-                Request(
-                    to=to, op="train", round=round, base=state.bases.get(to, -1), shared=shared, body=own.get(to, {})
-                )
-                for to in cohort
-            ]
+            requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
             start = self.algorithm.parameters(algorithm)
             with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
                 total = self.rule(self._arriving(fleet, requests, start, tally), len(cohort))
@@ -178,14 +176,36 @@ class Federation(Generic[S]):
         self.algorithm.parameters(state.algorithm).load(module)
         return module
 
+    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
+        if requests.op != "train" or self.collect.shows is not Sight.EACH:
+            raise BadInput(f"{requests.op!r} requests under {self.collect} are handled one by one")
+        incoming = [self._incoming(request) for request in requests]
+        updates, errors = self.algorithm.local_many(incoming, sites)
+        if not self.stages and self.encoding.linear and isinstance(self.rule, ManyRule):
+            refused = self.rule.refuse_many(updates)
+            errors |= {updates.senders[row]: reason for row, reason in refused.items()}
+            updates = updates.without(refused)
+            body = self.encoding.encode(self.rule.combine(updates)) if len(updates) else {}
+        else:
+            by_name = {site.id: site for site in sites}
+            encoded = [self._outgoing(one, by_name[to]) for to, one in zip(updates.senders, updates, strict=True)]
+            body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}
+        return Replies(senders=updates.senders, answers=requests.id, round=requests.round, body=body, errors=errors)
+
     def _update(self, request: Request, site: Site) -> Tensors:
-        incoming = Incoming(
+        return self._outgoing(self.algorithm.local(self._incoming(request), site), site)
+
+    def _incoming(self, request: Request) -> Incoming:
+        return Incoming(
             tensors={**request.shared, **request.body},
             round=request.round,
             seed=self.seed,
-            local_seed=derive(self.seed, request.round, site.id, "local"),
+            local_seed=derive(self.seed, request.round, request.to, "local"),
+            plan=self.plan.plain,
         )
-        update = self.algorithm.local(incoming, site)
+
+    def _outgoing(self, update: Update, site: Site) -> Tensors:
         for stage in self.stages:
             update = stage.on_site(update, site)
         return self.encoding.encode(update)
@@ -201,47 +221,43 @@ class Federation(Generic[S]):
     def _measure(self, parameters: Parameters, examples: Examples) -> dict[str, float]:
         model = self._working_copy()
         model.load(parameters)
-        return evaluate(model, examples, self.algorithm.task.objective, self.algorithm.training)
+        return evaluate(model, examples, self.algorithm.task.objective, self.plan.plain)
 
     def _working_copy(self) -> FlatModel:
-        training = self.algorithm.training
-        return self.algorithm.task.flat(self.seed, training.device, channels_last=training.channels_last)
+        return self.algorithm.task.flat(self.seed, self.plan.plain)
 
     def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
 
-    def _arriving(
-        self, fleet: Fleet, requests: Sequence[Request], start: Parameters, tally: "_Tally"
-    ) -> Iterator[Update]:
+    def _arriving(self, fleet: Fleet, requests: Requests, start: Parameters, tally: "_Tally") -> Iterator[Update]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
-        for reply in tally.watch(self.collect.gather(fleet, requests), requests):
-            if reply.error is not None:
-                tally.absent[reply.sender] = reply.error
-                continue
-            try:
-                update = self.encoding.decode(reply.body, start.layout)
-                self._check(update, start)
-            except BadTensors as error:
-                tally.absent[reply.sender] = f"its update is malformed: {error}"
-                continue
-            for stage in reversed(self.stages):
-                update = stage.on_arrival(update)
-            refusal = self.rule.refuse(update)
-            if refusal is not None:
-                tally.absent[reply.sender] = refusal
-                continue
-            tally.accept(reply.sender, update.count)
-            yield update
+        together = self.plan.plain.cohort or 1
+        for reply in tally.watch(self.collect.gather(fleet, requests, together), requests):
+            for senders, body in _bodies(reply, tally.absent):
+                try:
+                    update = self.encoding.decode(body, start.layout)
+                    self._check(update, start, len(senders))
+                except BadTensors as error:
+                    tally.absent |= dict.fromkeys(senders, f"its update is malformed: {error}")
+                    continue
+                for stage in reversed(self.stages):
+                    update = stage.on_arrival(update)
+                refusal = self.rule.refuse(update)
+                if refusal is not None:
+                    tally.absent |= dict.fromkeys(senders, refusal)
+                    continue
+                tally.accept(senders, update.count)
+                yield update
         if tally.accepted < self.min_sites:
-            raise TooFewSites(tally.shortage(requests[0].round, self.min_sites))
+            raise TooFewSites(tally.shortage(requests.round, self.min_sites))
 
-    def _check(self, update: Update, start: Parameters) -> None:
+    def _check(self, update: Update, start: Parameters, senders: int) -> None:
         """Raise BadTensors for an update that could not be added to the others."""
         if update.values.vector.dtype != start.vector.dtype:
             raise BadTensors(f"its values are {update.values.vector.dtype}, not {start.vector.dtype}")
         if update.kind != self.algorithm.kind:
             raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
-        if self.collect.shows is Sight.EACH and update.count != 1:
+        if self.collect.shows is Sight.EACH and update.count != senders:
             raise BadTensors(f"it claims to be of {update.count} sites")
         missing = set(self.algorithm.task.objective.sums) - update.sums.keys()
         if missing:
@@ -252,9 +268,10 @@ class Federation(Generic[S]):
         if not self.validate_at_sites:
             return {}
         shared = {"parameters": parameters.vector}
-        requests = [Request(to=to, op="evaluate", round=round, shared=shared) for to in fleet.parties()]
+        requests = Requests(to=fleet.parties(), op="evaluate", round=round, shared=shared)
         sums: dict[str, list[float]] = {}
-        for reply in tally.watch(self.collect.gather(fleet, requests), requests):
+        for reply in tally.watch(self.collect.gather(fleet, requests, 1), requests):
+            assert isinstance(reply, Reply)
             try:
                 found = self._measured(reply)
             except BadTensors as error:
@@ -293,24 +310,49 @@ class _Tally:
     bytes_up: int = 0
     waited: float = 0.0  # seconds spent waiting for replies
 
-    def watch(self, replies: Iterator[Reply], requests: Sequence[Request]) -> Iterator[Reply]:
+    def watch(self, replies: Iterator[Reply | Replies], requests: Requests) -> Iterator[Reply | Replies]:
         """The same replies, with their bytes and the time they took added up."""
-        self.bytes_down += sum(codec.size({**r.shared, **r.body}, r.meta) for r in requests)
+        alike = len(requests) - len(requests.bodies)
+        self.bytes_down += alike * codec.size(requests.shared)
+        self.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
         while True:
             asked = time.perf_counter()
             reply = next(replies, None)
             self.waited += time.perf_counter() - asked
             if reply is None:
                 return
-            if reply.error is None:
+            if isinstance(reply, Replies):
+                self.bytes_up += sum(len(senders) * codec.size(body) for senders, body in _bodies(reply, {}))
+            elif reply.error is None:
                 self.bytes_up += codec.size(reply.body, reply.meta)
             yield reply
 
-    def accept(self, sender: PartyId, count: int) -> None:
+    def accept(self, senders: Sequence[PartyId], count: int) -> None:
         self.accepted += count
-        self.answered.append(sender)
+        self.answered.extend(senders)
 
     def shortage(self, round: int, needed: int) -> str:
         reasons = [f"{site}: {reason}" for site, reason in sorted(self.absent.items())]
         shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
         return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"
+
+
+def _bodies(reply: Reply | Replies, absent: dict[PartyId, str]) -> Iterator[tuple[Sequence[PartyId], Tensors]]:
+    """The bodies of a reply, each with the sites that it is of; the others go to `absent` with the reason.
+
+    That of sites that were handled at once is their sum, or it holds a row for each.
+    """
+    if isinstance(reply, Reply):
+        if reply.error is None:
+            yield [reply.sender], reply.body
+        else:
+            absent[reply.sender] = reply.error
+        return
+    absent |= reply.errors
+    if not reply.senders:
+        return
+    if reply.body["weight"].ndim == 0:
+        yield reply.senders, reply.body
+    else:
+        for row, sender in enumerate(reply.senders):
+            yield [sender], {name: tensor[row] for name, tensor in reply.body.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedelta.algorithms.algorithm import Algorithm, Incoming
 from fedelta.core.errors import BadInput
-from fedelta.core.messages import Kind, PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -151,6 +151,9 @@ class FedOpt:
 
     def local(self, incoming: Incoming, site: Site) -> Update:
         return self.client.local(incoming, site)
+
+    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+        return self.client.local_many(incoming, sites)
 
     def step(self, state: FedOptState, total: Update) -> FedOptState:
         averaged = self.client.step(state.parameters, total)

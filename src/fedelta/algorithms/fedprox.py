@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedelta.algorithms.algorithm import Incoming, delta, moved
+from fedelta.algorithms.algorithm import Incoming, delta, delta_many, moved
 from fedelta.core.errors import BadInput
-from fedelta.core.messages import Kind, PartyId, Tensors, Update
+from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
 from fedelta.learning.task import Task
@@ -42,6 +42,9 @@ class FedProx:
 
     def local(self, incoming: Incoming, site: Site) -> Update:
         return delta(self.task, self.training, incoming, site, proximal=self.mu)
+
+    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+        return delta_many(self.task, self.training, incoming, sites, proximal=self.mu)
 
     def step(self, state: Parameters, total: Update) -> Parameters:
         return moved(state, total)

@@ -1,10 +1,10 @@
 """What an update passes through between a site and the rule: stages, one encoding, and the way it is collected."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedelta.core.messages import Reply, Request, Tensors, Update
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout
 from fedelta.core.program import Fleet, Sight, Site
 
@@ -57,8 +57,12 @@ class Collect(Protocol):
     @property
     def shows(self) -> Sight: ...
 
-    def gather(self, fleet: Fleet, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Send the requests; yield a reply (or a failure) per site, or one that carries a sum, as they come."""
+    def gather(self, fleet: Fleet, requests: Requests, together: int) -> Iterator[Reply | Replies]:
+        """Send the requests; yield what comes: a reply (or a failure) per site, or one that carries a sum.
+
+        `together` is the number of sites that the program can handle in one go. Only a collect that shows each update
+        may make use of it.
+        """
         ...
 
     def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors]) -> Reply:
@@ -72,22 +76,30 @@ class Clear:
 
     shows: Sight = Sight.EACH
 
-    def gather(self, fleet: Fleet, requests: Sequence[Request]) -> Iterator[Reply]:
-        waiting: set[str] = set()
+    def gather(self, fleet: Fleet, requests: Requests, together: int) -> Iterator[Reply | Replies]:
+        waiting = set(requests.to)
+        fleet.submit_many(requests, together)
         try:
-            for request in requests:
-                fleet.submit(request)
-                waiting.add(request.id)
             while waiting:
                 reply = fleet.next_reply()
                 if reply is None:
                     raise RuntimeError(f"the fleet has nothing outstanding, and {len(waiting)} replies are missing")
-                if reply.answers in waiting:
-                    waiting.remove(reply.answers)
+                answered = _answered(reply, requests) & waiting
+                if answered:
+                    waiting -= answered
                     yield reply
         finally:  # an interrupted round can be asked for again
-            for request_id in waiting:
-                fleet.cancel(request_id)
+            if waiting:
+                fleet.cancel(requests.id)
+                for party in waiting:
+                    fleet.cancel(requests.id_to(party))
 
     def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors]) -> Reply:
         return Reply.to_request(request, outgoing())
+
+
+def _answered(reply: Reply | Replies, requests: Requests) -> set[PartyId]:
+    """The parties of `requests` that a reply speaks for."""
+    if isinstance(reply, Replies):
+        return {*reply.senders, *reply.errors} if reply.answers == requests.id else set()
+    return {reply.sender} if reply.answers == requests.id_to(reply.sender) else set()

@@ -64,11 +64,6 @@ class Processes:
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
-        # The first step of a torch.optim optimiser imports this, which takes over a second: once here, before the
-        # processes are forked, and not in each of them.
-        if self._count:
-            import torch._dynamo  # noqa: F401
-
         forks = sys.platform == "linux"
         context: Any = multiprocessing.get_context("fork" if forks else "spawn")
         with started_quietly():

@@ -32,6 +32,7 @@ from fedelta.data.partition import IID, Dirichlet, by_column
 from fedelta.data.tables import check_column, read_table, text_and_labels
 from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import AdamW
+from fedelta.learning.plan import Plan
 from fedelta.learning.pretrained import Pretrained, tokenizer
 from fedelta.learning.task import Task
 from fedelta.learning.text import encode
@@ -94,7 +95,6 @@ class FineTuning:
             batch=self.batch,
             epochs=self.epochs,
             clip=1.0,
-            bf16=self.bf16,
         )
         data = self.read()
         federation: Federation[Any] = Federation(
@@ -103,6 +103,7 @@ class FineTuning:
             sampling=self._sampling(len(data.sites)),
             seed=self.seed,
             test=data.test,
+            plan=Plan(bf16=self.bf16),
         )
         Simulation(
             title=f"fine-tuning {self.model} ({self.tune})",

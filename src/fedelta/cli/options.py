@@ -15,11 +15,12 @@ Command = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where and how a simulation runs; none of it changes what comes out."""
+    """Where and how a simulation runs; none of it changes what comes out, `plan` only by rounding."""
 
     out: Path
     resume: bool
     workers: int  # processes; 0: all in this one
+    plan: str  # "auto", "plain", or a run folder whose plan is taken
     commit_every_s: float  # seconds; 0: after every round
     again: str  # the command that continues this run
 
@@ -30,6 +31,7 @@ class RunSettings:
             out=options.pop("out") or default_out,
             resume=options.pop("resume"),
             workers=options.pop("workers"),
+            plan=options.pop("plan"),
             commit_every_s=options.pop("commit_every"),
             again=f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume",
         )
@@ -57,6 +59,14 @@ def simulation_options(*, seed: str, seeds: str, out: str) -> Callable[[Command]
             metavar="FOLDER",
             show_default=out,
             help="Folder of this run.",
+        ),
+        click.option(
+            "--plan",
+            metavar="PLAN",
+            default="auto",
+            show_default=True,
+            help="How sites are trained. auto: the fastest way in a short trial; plain: one by one; or the folder of a "
+            "run, to train as it did.",
         ),
         click.option("--resume", is_flag=True, help="Continue the run in the folder from its last commit."),
         click.option(

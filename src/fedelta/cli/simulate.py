@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,18 @@ from fedelta.data.overview import Overview, overview
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
 from fedelta.learning.objectives import Classification
+from fedelta.learning.plan import Plan
 from fedelta.learning.pretrained import Pretrained, save, tokenizer
+from fedelta.learning.trial import settle
 from fedelta.observe.files import replace_file
-from fedelta.observe.folder import RunFolder
+from fedelta.observe.folder import RunFolder, read_manifest
 from fedelta.observe.manifest import differences, environment
 from fedelta.observe.page import Plot, Section, write_page
 from fedelta.observe.progress import Progress
 from fedelta.observe.report import run_page
 from fedelta.observe.text import bytes_text, plural
 
+_TRIED = 256  # sites whose data a trial may use
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
 
@@ -54,6 +57,10 @@ class Simulation:
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         held = self._load_sites(console)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
+        planned = replace(self, federation=replace(self.federation, plan=self._plan(held, console)))
+        planned._run(start, held, console)
+
+    def _run(self, start: FederationState[Any], held: "_Held", console: Console) -> None:
         with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
@@ -84,25 +91,43 @@ class Simulation:
                     held.labels[name] = data.train.targets.numpy()
         return held
 
+    def _plan(self, held: "_Held", console: Console) -> Plan:
+        """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
+        plan, chosen = self.federation.plan, self.settings.plan
+        if self.settings.resume:
+            manifest = read_manifest(self.settings.out)
+            return plan.filled(Plan.parse(manifest.get("plan")))
+        if chosen == "plain":
+            return plan.plain
+        if chosen != "auto":
+            return plan.filled(Plan.parse(read_manifest(Path(chosen)).get("plan")))
+        names = [name for name in self.sites.names if held.digests[name] is not None]
+        cohort = len(self.federation.sampling(self.sites.names, 1, self.federation.seed))
+        with console.status("choosing how sites are trained"):
+            trial = settle(
+                plan,
+                self.federation.algorithm.task,
+                self.federation.algorithm.training,
+                [self.sites(name).train for name in names[:_TRIED]],
+                self.federation.seed,
+                at_most=-(-cohort // max(1, self.settings.workers)),
+            )
+        console.print(f"Sites are trained {trial.said}.", markup=False, soft_wrap=True)
+        return trial.plan
+
     @contextmanager
     def _folder(self, digests: dict[str, str | None], console: Console) -> Iterator[RunFolder]:
-        training, test = self.federation.algorithm.training, self.federation.test
+        plan, test = self.federation.plan.plain, self.federation.test
         # On the CPU, whatever the device: CUDA must not be in use when workers are forked. They inherit this copy.
         task = self.federation.algorithm.task
-        working = task.flat(self.federation.seed, channels_last=training.channels_last)
+        working = task.flat(self.federation.seed, replace(plan, device="cpu"))
         manifest: dict[str, Plain] = {
             "title": self.title,
             "experiment": digest(self.federation),
             "model": frozen_digest(working.module),
             "seed": self.federation.seed,
             "data": {"sites": dict(digests), "test": test.digest() if test is not None else None},
-            "plan": {
-                "threads": THREADS,
-                "sites": "one by one",
-                "bf16": training.bf16,
-                "channels_last": training.channels_last,
-                "device": training.device,
-            },
+            "plan": {"threads": THREADS, **asdict(plan)},
             **environment(),
         }
         every = self.settings.commit_every_s
@@ -174,10 +199,6 @@ class Simulation:
         if self.settings.workers == 0:
             yield Local(self.federation, self.sites, self.sites.names, threads=THREADS)
             return
-        # The first step of a torch.optim optimiser imports this, which takes over a second: once here, before workers
-        # are forked, and not in each of them.
-        import torch._dynamo  # noqa: F401
-
         workers = min(self.settings.workers, len(self.sites.names))
         with Workers(self.federation, self.sites, self.sites.names, workers=workers, threads=THREADS) as fleet:
             yield fleet

@@ -1,7 +1,7 @@
 """Examples: what a site holds, as tensors."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedelta.core.errors import BadInput
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Examples:
     """`inputs[name][n, ...]` and `targets[n, ...]` for n examples.
 
@@ -50,6 +50,18 @@ class Examples:
         raise BadInput(
             f"data is Examples, or a pair (x, y) of tensors or NumPy arrays; got {type(data).__name__}{kinds}"
         )
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Examples]") -> "Examples":
+        """The rows of all parts, one after the other; the parts have the same `form`."""
+        inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+        return cls(inputs, torch.cat([part.targets for part in parts]))
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What all rows have in common: names, dtypes and shapes of one row."""
+        named = [(name, tensor.dtype, tensor.shape[1:]) for name, tensor in self.inputs.items()]
+        return (*named, self.targets.dtype, self.targets.shape[1:])
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -3,8 +3,8 @@
 Only tensors and plain metadata; no code, no pickle.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,55 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Requests:
+    """The same request to each of many sites. The single ones are made when they are asked for.
+
+    A program that can handle many sites in one go (`handle_many`) is given the whole, or a slice of it.
+    """
+
+    to: Sequence[PartyId]
+    op: str
+    round: int
+    job: str = ""
+    attempt: int = 0
+    bases: Mapping[PartyId, int] = field(default_factory=dict)  # as Request.base, -1 for who is not in it
+    shared: Tensors = field(default_factory=dict)
+    bodies: Mapping[PartyId, Tensors] = field(default_factory=dict)  # as Request.body, empty for who is not in it
+
+    @property
+    def id(self) -> str:
+        """Of all of them, for Fleet.cancel; no single request has it."""
+        return f"{self.job}/{self.round}/{self.op}/{self.attempt}"
+
+    def id_to(self, party: PartyId) -> str:
+        """The id of the single request to `party`."""
+        return f"{self.id}/{party}"
+
+    def __len__(self) -> int:
+        return len(self.to)
+
+    def __iter__(self) -> Iterator[Request]:
+        for to in self.to:
+            yield Request(
+                to=to,
+                op=self.op,
+                round=self.round,
+                job=self.job,
+                attempt=self.attempt,
+                base=self.bases.get(to, -1),
+                shared=self.shared,
+                body=self.bodies.get(to, {}),
+            )
+
+    def part(self, where: slice) -> "Requests":
+        """Those to `self.to[where]`, with what belongs to them; the id stays."""
+        to = self.to[where]
+        bases = {party: self.bases[party] for party in to if party in self.bases}
+        bodies = {party: self.bodies[party] for party in to if party in self.bodies}
+        return replace(self, to=to, bases=bases, bodies=bodies)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
     """From a site to the coordinator. A failure is data: `error` is one sentence, and the body is empty."""
 
@@ -60,6 +109,22 @@ class Reply:
     @classmethod
     def failure(cls, request: Request, error: str) -> "Reply":
         return cls(sender=request.to, answers=request.id, round=request.round, error=error)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replies:
+    """What came of a part of `Requests` that was handled in one go: one body for all who answered."""
+
+    senders: Sequence[PartyId]  # whose answers are in the body
+    answers: str  # the id of the requests
+    round: int
+    body: Tensors = field(default_factory=dict)
+    errors: Mapping[PartyId, str] = field(default_factory=dict)  # a failed site -> one sentence
+
+    @classmethod
+    def failure(cls, requests: Requests, error: str) -> "Replies":
+        """All of them failed for the same reason."""
+        return cls(senders=(), answers=requests.id, round=requests.round, errors=dict.fromkeys(requests.to, error))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,3 +172,58 @@ class Update:
         sums = {name.removeprefix("sum/"): value for name, value in numbers.items()}
         values = Parameters(layout, tensors[kinds[0]])
         return cls(values=values, kind=kinds[0], weight=weight, sums=sums, count=int(count))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Updates:
+    """The updates of several sites side by side: row i of everything is that of `senders[i]`."""
+
+    senders: Sequence[PartyId]
+    layout: Layout
+    values: Tensor  # [sites, layout.size]
+    weights: Tensor  # float64 [sites], >= 0
+    kind: Kind = "difference"
+    sums: Mapping[str, Tensor] = field(default_factory=dict)  # float64 [sites] each
+
+    def __len__(self) -> int:
+        return len(self.senders)
+
+    def __iter__(self) -> Iterator[Update]:
+        """One after the other, as views."""
+        for row, (values, weight) in enumerate(zip(self.values, self.weights.tolist(), strict=True)):
+            yield Update(
+                values=Parameters(self.layout, values),
+                kind=self.kind,
+                weight=weight,
+                sums={name: numbers[row].item() for name, numbers in self.sums.items()},
+            )
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Updates]", layout: Layout) -> "Updates":
+        """All rows of parts that have the same kind and sums, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return cls(senders=(), layout=layout, values=torch.empty(0, layout.size), weights=torch.empty(0))
+        return cls(
+            senders=[sender for part in parts for sender in part.senders],
+            layout=layout,
+            values=torch.cat([part.values for part in parts]),
+            weights=torch.cat([part.weights for part in parts]),
+            kind=parts[0].kind,
+            sums={name: torch.cat([part.sums[name] for part in parts]) for name in parts[0].sums},
+        )
+
+    def without(self, rows: Collection[int]) -> "Updates":
+        """All but these rows."""
+        if not rows:
+            return self
+        kept = [row for row in range(len(self)) if row not in rows]
+        where = torch.tensor(kept, dtype=torch.int64)
+        return replace(
+            self,
+            senders=[self.senders[row] for row in kept],
+            values=self.values[where.to(self.values.device)],
+            weights=self.weights[where],
+            sums={name: numbers[where] for name, numbers in self.sums.items()},
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedelta.core.examples import Array, Examples
 from fedelta.core.memory import Memory
-from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 
 S = TypeVar("S")
 
@@ -74,15 +74,26 @@ class Fleet(Protocol):
         """Hand over a request. A site gets its requests in order and one at a time."""
         ...
 
-    def next_reply(self, timeout_s: float | None = None) -> Reply | None:
-        """The next reply, in order of arrival; None after `timeout_s` seconds, or at once if nothing is outstanding.
+    def submit_many(self, requests: Requests, together: int) -> None:
+        """Hand over requests, each `together` of which, in their order, may be handled in one go (ManyProgram).
+
+        Such a part is answered by one Replies. The division does not depend on the number of processes or on their
+        speed. With 1, or in a fleet whose sites are far from each other, each is answered by its own Reply.
+        """
+        ...
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
+        """What comes next, in order of arrival; None after `timeout_s` seconds, or at once if nothing is outstanding.
 
         Without a timeout it waits until a reply comes. Raises whatever bug a program's `handle` raised.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Withdraw a request; its reply, if one comes, is dropped. Unknown ids are ignored."""
+        """Withdraw a request, or by the id of Requests all parts of it; what still comes of it is dropped.
+
+        Unknown ids are ignored.
+        """
         ...
 
 
@@ -101,6 +112,17 @@ class Program(Protocol[S]):
 
     def handle(self, request: Request, site: Site) -> Reply:
         """One request at a site."""
+        ...
+
+
+class ManyProgram(Program[S], Protocol[S]):
+    """A program that can handle the same request at many sites in one go."""
+
+    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """As `handle` of each site (to rounding: 1e-5 in float32); `sites` are in the order of the requests.
+
+        A site that fails is an entry of `errors`, so that the others are not lost.
+        """
         ...
 
 

@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Part = int | str
 _FIRST_WORD = 24  # bytes before the words: the seed, two ints, the index of the next word
 _WORDS = 624
+_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)  # of SplitMix64: the odd number next to 2**64 / golden ratio
 
 
 def derive(seed: int, *path: Part) -> int:
@@ -48,6 +50,22 @@ def seeded(seed: int, *path: Part) -> Iterator[None]:
         torch.manual_seed(derive(seed, *path))
         torch.set_rng_state(_state(seed, *path))
         yield
+
+
+def permutations(seeds: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A random permutation of range(sizes[i]) for each seeds[i], as the rows of [len(seeds), max(sizes)].
+
+    Behind its own permutation a shorter row holds the numbers from its size on. A row depends on its own seed and size
+    alone. It is the order of 64-bit keys from SplitMix64 (Steele, Lea & Flood, OOPSLA 2014, figure 17), all rows in a
+    few array operations: a generator for each of thousands of sites costs more than what they learn.
+    """
+    places = np.arange(1, int(sizes.max(initial=0)) + 1, dtype=np.uint64)
+    keys = seeds[:, None] + places * _GAMMA  # modulo 2**64
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+    keys ^= keys >> np.uint64(31)
+    keys[places > sizes[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
+    return np.argsort(keys, axis=1, kind="stable")
 
 
 def _framed(*path: Part) -> bytes:

@@ -4,17 +4,22 @@ An absent party is data: an error that a user can mend, a file that is not there
 that says so. A bug is an exception: it passes through.
 """
 
+import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from fedelta.core.errors import BadInput, FedeltaError
-from fedelta.core.messages import Meta, PartyId, Reply, Request, Tensors
-from fedelta.core.program import Program, Site, SiteData
+from fedelta.core.memory import Memory
+from fedelta.core.messages import Meta, PartyId, Replies, Reply, Request, Requests, Tensors
+from fedelta.core.program import ManyProgram, Program, Site, SiteData
 from fedelta.fleet.blocks import check_dense
 
+_ABSENT = (FedeltaError, OSError, MemoryError, RuntimeError)  # of the last one, only a lack of memory
 _NO_CPU_MEMORY = "DefaultCPUAllocator: "  # PyTorch has no class for it; its message does not change with the language
 
 
@@ -25,20 +30,12 @@ def answer(program: Program[Any], request: Request, site: Site) -> Reply:
     that it was given: they belong to the whole cohort. Writes that PyTorch does not count (through `.data` or
     `.numpy()`) are not seen.
     """
-    before = _versions(request)
+    before = _versions(request.shared, request.body)
     try:
         reply = program.handle(request, site)
-    except FedeltaError as error:
-        reply = Reply.failure(request, str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reply = Reply.failure(request, f"out of memory ({error})" if str(error) else "out of memory")
-    except OSError as error:
-        reply = Reply.failure(request, f"{type(error).__name__}: {error}")
-    except RuntimeError as error:
-        if _NO_CPU_MEMORY not in str(error):
-            raise
-        reply = Reply.failure(request, f"out of memory ({str(error).partition(_NO_CPU_MEMORY)[2].splitlines()[0]})")
-    if _versions(request) != before:
+    except _ABSENT as error:
+        reply = Reply.failure(request, _why_absent(error))
+    if _versions(request.shared, request.body) != before:
         raise RuntimeError(f"the program wrote into the tensors of request {request.id}; clone them before writing")
     if reply.answers != request.id:
         raise RuntimeError(f"the program answered request {request.id} with a reply to {reply.answers}")
@@ -47,6 +44,43 @@ def answer(program: Program[Any], request: Request, site: Site) -> Reply:
     except BadInput as error:
         raise RuntimeError(f"the reply to request {request.id} cannot be sent: {error}") from error
     return reply
+
+
+def answer_many(program: Program[Any], requests: Requests, sites: Sequence[Site]) -> Replies:
+    """As `answer`, of many sites in one go: what fails in `handle_many` as a whole is a failure of every site.
+
+    Raises RuntimeError also if the replies are not of exactly the sites that were asked, each once.
+    """
+    before = _versions(requests.shared, *requests.bodies.values())
+    try:
+        replies = cast(ManyProgram[Any], program).handle_many(requests, sites)
+    except _ABSENT as error:
+        replies = Replies.failure(requests, _why_absent(error))
+    if _versions(requests.shared, *requests.bodies.values()) != before:
+        raise RuntimeError(f"the program wrote into the tensors of requests {requests.id}; clone them before writing")
+    if replies.answers != requests.id:
+        raise RuntimeError(f"the program answered requests {requests.id} with replies to {replies.answers}")
+    answered = {*replies.senders, *replies.errors}
+    if len(replies.senders) + len(replies.errors) != len(answered) or answered != set(requests.to):
+        raise RuntimeError(f"the replies to requests {requests.id} are not of the sites that were asked, each once")
+    try:
+        check_message(replies.body)
+    except BadInput as error:
+        raise RuntimeError(f"the replies to requests {requests.id} cannot be sent: {error}") from error
+    return replies
+
+
+def _why_absent(error: Exception) -> str:
+    """One sentence about what a user can mend; anything else is raised again."""
+    if isinstance(error, FedeltaError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory ({error})" if str(error) else "out of memory"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    if _NO_CPU_MEMORY not in str(error):
+        raise error
+    return f"out of memory ({str(error).partition(_NO_CPU_MEMORY)[2].splitlines()[0]})"
 
 
 def check_message(tensors: Tensors, meta: Meta | None = None) -> None:
@@ -61,9 +95,9 @@ def check_message(tensors: Tensors, meta: Meta | None = None) -> None:
         raise BadInput(f"the metadata {meta!s:.80} are not plain JSON; send numbers that are finite, text and lists")
 
 
-def _versions(request: Request) -> list[int]:
-    """PyTorch's count of the writes into each tensor of a request; inference tensors have none and are left out."""
-    tensors = (*request.shared.values(), *request.body.values())
+def _versions(*mappings: Tensors) -> list[int]:
+    """PyTorch's count of the writes into each tensor; inference tensors have none and are left out."""
+    tensors = itertools.chain.from_iterable(mapping.values() for mapping in mappings)
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
@@ -71,24 +105,45 @@ class Sites:
     """The sites of one process, each made on its first request and kept.
 
     `load(name)` is the experiment's `site` function. Its result is kept once it has succeeded; a failure is raised anew
-    at every attempt to read the data.
+    at every attempt to read the data. `spill` is the folder where the sites' memory is kept, one folder per site; None:
+    in this process.
     """
 
-    def __init__(self, load: Callable[[str], object]) -> None:
+    def __init__(self, load: Callable[[str], object], spill: Path | None = None) -> None:
         self._load = load
+        self._spill = spill
         self._sites: dict[PartyId, Site] = {}
         self._attempts: dict[PartyId, tuple[str, int, int]] = {}
 
     def of(self, request: Request) -> Site:
         """The site that `request` is for; its scratch is emptied when a new attempt begins."""
-        name = request.to
-        if name not in self._sites:
-            self._sites[name] = Site(id=name, data=_once(self._load, name))
-        attempt = (request.job, request.round, request.attempt)
+        return self._at(request.to, (request.job, request.round, request.attempt))
+
+    def many(self, requests: Requests) -> list[Site]:
+        """As `of` each of them."""
+        attempt = (requests.job, requests.round, requests.attempt)
+        return [self._at(name, attempt) for name in requests.to]
+
+    def forget(self, names: Collection[PartyId]) -> None:
+        """Empty the scratch of these sites: their next request is a new attempt, whatever it says."""
+        for name in names:
+            if self._attempts.pop(name, None) is not None:
+                self._sites[name].scratch.clear()
+
+    def _at(self, name: PartyId, attempt: tuple[str, int, int]) -> Site:
+        site = self._sites.get(name)
+        if site is None:
+            memory = Memory() if self._spill is None else Memory(self._spill / _folder_name(name))
+            site = self._sites[name] = Site(id=name, data=_once(self._load, name), memory=memory)
         if self._attempts.get(name) != attempt:
-            self._sites[name].scratch.clear()
+            site.scratch.clear()
             self._attempts[name] = attempt
-        return self._sites[name]
+        return site
+
+
+def _folder_name(name: PartyId) -> str:
+    """Of a site; any text may be a name, also one that no file can have."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _once(load: Callable[[str], object], name: str) -> Callable[[], SiteData]:
@@ -122,3 +177,21 @@ def unknown_site(name: PartyId, names: Sequence[PartyId]) -> BadInput:
 def twice(request_id: str) -> BadInput:
     """The error for a request whose id is still outstanding."""
     return BadInput(f"request {request_id} is already outstanding; give a second try another `attempt`")
+
+
+def parts(requests: Requests, together: int, known: Collection[PartyId]) -> list[Requests]:
+    """`requests` in parts of `together` sites; `known` are the sites of the fleet, in their order.
+
+    Raises BadInput for an unknown site, a site that is named twice, or what cannot be sent.
+    """
+    if together < 1:
+        raise BadInput(f"together must be >= 1, got {together}")
+    for name in requests.to:
+        if name not in known:
+            raise unknown_site(name, tuple(known))
+    if len(set(requests.to)) < len(requests.to):
+        raise BadInput(f"a site is named twice in requests {requests.id}; ask each site once")
+    for body in requests.bodies.values():
+        check_message(body)
+    starts = range(0, len(requests), together)
+    return [requests.part(slice(start, start + together)) for start in starts]

@@ -3,7 +3,7 @@
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 
@@ -23,9 +23,11 @@ def started_quietly() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_with_the_parent() -> None:
-    """Exit when the parent has ended, however it ended; to be run in a thread of the child."""
+def leave_with_the_parent(last: Callable[[], object] | None = None) -> None:
+    """Exit when the parent has ended, however it ended, after calling `last`; to be run in a thread of the child."""
     parent = parent_process()
     if parent is not None:
         parent.join()
+        if last is not None:
+            last()
         os._exit(1)

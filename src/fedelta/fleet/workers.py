@@ -1,56 +1,43 @@
 """A fleet of worker processes on this machine.
 
 The broadcast of a cohort is written once, into memory that all workers map; each reply comes back in a block that the
-coordinator reads in place. Each site stays on the worker that it was first given to, because its data and its memory
-live there. Limits: Linux; a worker is a daemon, so site code in it cannot start processes of its own (a data
-loader with `num_workers`, say).
+coordinator reads in place. What sites keep between rounds lies in files, so that any worker can go on with any site.
+Limits: Linux; a worker keeps the data of every site that it has handled, so in time each may have loaded all of them; a
+worker is a daemon, so site code in it cannot start processes of its own (a data loader with `num_workers`, say).
 """
 
-import itertools
-import multiprocessing
-import pickle
-import sys
+import os
+import shutil
+import tempfile
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing import connection, reduction
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import torch
-
-from fedelta.core.errors import BadInput, UnsoundCombination
-from fedelta.core.messages import PartyId, Reply, Request, Tensors
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Program
-from fedelta.fleet.answer import check_message, checked_names, twice, unknown_site
+from fedelta.fleet.answer import check_message, checked_names, parts, twice, unknown_site
 from fedelta.fleet.blocks import Pool
-from fedelta.fleet.children import started_quietly
-from fedelta.fleet.worker import (
-    Answer,
-    Job,
-    Message,
-    Ready,
-    Withdraw,
-    request_fields,
-    serve,
-)
+from fedelta.fleet.process import Kind, Start, Worker, context
+from fedelta.fleet.schedule import Schedule, Task
+from fedelta.fleet.worker import Answer, Job, Message, Ready, bodies_tensors, request_fields, requests_fields
 
-Start = Literal["fork", "spawn"]
 _AHEAD = 2  # jobs at a worker: the one it is busy with, and the next, so that it need not wait for the coordinator
-_PATIENCE_S = 5.0  # for a process that was asked to end
-_OPEN: "weakref.WeakSet[connection.Connection]" = weakref.WeakSet()  # our ends of the pipes of all fleets
 
 
 class SiteBug(RuntimeError):
     """A program's `handle` raised what is not a FedeltaError; the message says what, and ends with its traceback."""
 
-    def __init__(self, site: PartyId, traceback: str) -> None:
+    def __init__(self, sites: Sequence[PartyId], traceback: str) -> None:
         what = traceback.strip().splitlines()[-1]
-        super().__init__(f"site {site!r} failed with {what}\n{traceback}")
-        self.site = site
+        who = f"site {sites[0]!r}" if len(sites) == 1 else f"one of the {len(sites)} sites {sites[0]!r} … {sites[-1]!r}"
+        super().__init__(f"{who} failed with {what}\n{traceback}")
+        self.sites = tuple(sites)
         self.traceback = traceback
 
 
@@ -69,39 +56,28 @@ class _Broadcast:
 
 @dataclass(eq=False)
 class _Ticket:
-    """An outstanding request."""
+    """An outstanding request, or an outstanding part of many."""
 
-    request: Request
-    serial: int
+    request: Request | Requests
     broadcast: _Broadcast | None
-    body: Message | None = None  # once it is at a worker
+    block: int = -1  # for the request, once it is at a worker
     reply: int = -1  # the block for the reply, from then on
     deaths: int = 0
     withdrawn: bool = False
 
 
-@dataclass(eq=False)
-class _Worker:
-    process: BaseProcess
-    pipe: connection.Connection
-    ready: bool = False
-    queue: deque[_Ticket] = field(default_factory=deque)
-    busy: dict[int, _Ticket] = field(default_factory=dict)  # by serial, in the order in which it handles them
-    known: set[int] = field(default_factory=set)  # blocks that it has
-    held: set[int] = field(default_factory=set)  # blocks that its sites still read, by its last answer
-
-    @property
-    def load(self) -> int:
-        return len(self.queue) + len(self.busy)
+_Task = Task[_Ticket]
 
 
 class Workers:
     """`workers` processes, each with `threads` intra-op threads of PyTorch; to be closed, or used in a `with`.
 
-    A site is bound to the worker with the fewest outstanding requests, then the fewest sites, on its first request.
-    When a worker dies (killed, out of memory) it is replaced, and what its sites kept in memory is lost; the request
-    that it was handling is tried once more, then answered with a failure. A bug in `handle` is raised by `next_reply`
-    as SiteBug.
+    What was submitted is begun by the next `next_reply`, the longest first by what the sites took before (see
+    `schedule.py`); which worker handles which site changes no result. When a worker dies (killed, out of memory) it is
+    replaced, and what it was handling is tried once more, then answered with a failure. A bug in `handle` is raised by
+    `next_reply` as SiteBug.
+
+    Sites whose scratch holds something after `handle_many` must stay in one part until their attempt is over.
 
     `start`: "fork" is quick, and the default; "spawn" is the default with threads > 1 (after a fork, GNU OpenMP waits
     for ever for threads that were not copied) and once CUDA is in use. With "spawn", program and `site` must be
@@ -122,22 +98,21 @@ class Workers:
         start: Start | None = None,
     ) -> None:
         self._names = checked_names(names)
-        self._known = frozenset(self._names)
-        self._context = _context(workers, threads, start)
-        self._job = (program, site, threads)
+        self._known = dict.fromkeys(self._names)
+        how = context(workers, threads, start)
         self._pool = Pool()
-        self._serials = itertools.count()
         self._broadcasts: dict[int, _Broadcast] = {}
-        self._tickets: dict[str, _Ticket] = {}
-        self._arrived: deque[tuple[_Ticket, Reply | SiteBug]] = deque()
-        self._home: dict[PartyId, int] = {}
-        self._bound: list[int] = []  # sites at each worker
-        self._workers: list[_Worker] = []
+        self._tasks: dict[str, dict[int, _Task]] = {}  # what is outstanding, by id and serial
+        self._arrived: deque[tuple[_Task, Reply | Replies | SiteBug]] = deque()
+        self._schedule: Schedule[_Ticket] = Schedule(min(workers, len(self._names)))
+        self._workers: list[Worker[_Ticket]] = []
         self._closed = False
+        spill = Path(tempfile.mkdtemp(prefix="fedelta-"))  # what sites keep; see TMPDIR
+        self._tidy = weakref.finalize(self, _remove, spill, os.getpid())
+        self._kind = Kind(program, site, threads, spill, how)
         try:
             for _ in range(min(workers, len(self._names))):
-                self._workers.append(self._start())
-                self._bound.append(0)
+                self._workers.append(self._kind.start())
         except BaseException:
             self.close()
             raise
@@ -161,10 +136,12 @@ class Workers:
             worker.pipe.close()
             worker.process.terminate()  # an idle worker, too: another process may have a copy of our end of its pipe
         for worker in workers:
-            _end(worker.process)
-        self._tickets.clear()
+            worker.end()
+        self._tidy()
+        self._tasks.clear()
         self._arrived.clear()
         self._broadcasts.clear()
+        self._schedule = Schedule(0)
         self._pool = Pool()
 
     def parties(self) -> Sequence[PartyId]:
@@ -172,60 +149,71 @@ class Workers:
 
     def submit(self, request: Request) -> None:
         """Hand over a request. Raises BadInput for an unknown site, an outstanding id, or what cannot be sent."""
-        if self._closed:
-            raise RuntimeError("this fleet is closed; submit inside its `with` block")
+        self._check_open()
         if request.to not in self._known:
             raise unknown_site(request.to, self._names)
-        if request.id in self._tickets:
+        if request.id in self._tasks:
             raise twice(request.id)
         check_message(request.body, request.meta)
-        ticket = _Ticket(request, next(self._serials), self._broadcast(request.shared))
-        self._tickets[request.id] = ticket
-        worker = self._workers[self._home_of(request.to)]
-        worker.queue.append(ticket)
-        self._dispatch(worker)
+        self._add(request, (request.to,))
 
-    def next_reply(self, timeout_s: float | None = None) -> Reply | None:
+    def submit_many(self, requests: Requests, together: int) -> None:
+        """As Fleet.submit_many. Raises BadInput as `submit` does, or if a site is named twice."""
+        self._check_open()
+        if requests.id in self._tasks:
+            raise twice(requests.id)
+        cut = parts(requests, together, self._known)
+        if together == 1:
+            for request in requests:
+                self.submit(request)
+            return
+        for part in cut:
+            self._add(part, part.to)
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
         """As Fleet.next_reply. Raises SiteBug, or WorkerDidNotStart if a worker process ends before it can work."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        # Not in `submit`: it is called once for each site, and the longest is not known before the last call.
+        self._dispatch()
         while True:
             while self._arrived:
-                ticket, reply = self._arrived.popleft()
-                if ticket.withdrawn:
+                task, reply = self._arrived.popleft()
+                if task.what.withdrawn:
                     continue
-                del self._tickets[ticket.request.id]
+                self._forget(task)
                 if isinstance(reply, SiteBug):
                     raise reply
                 return reply
-            if not self._tickets:
+            if not self._tasks:
                 return None
-            by_pipe: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers}
+            by_pipe: dict[Any, Worker[_Ticket]] = {worker.pipe: worker for worker in self._workers}
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             readable = connection.wait(list(by_pipe), left)
             if not readable:
                 return None
             for pipe in readable:
                 self._receive(by_pipe[pipe])
+            self._dispatch()
 
     def cancel(self, request_id: str) -> None:
-        """As Fleet.cancel. A request that a site is working on runs to its end, and its reply is dropped."""
-        ticket = self._tickets.pop(request_id, None)
-        if ticket is None:
-            return
-        ticket.withdrawn = True
-        worker = self._workers[self._home[ticket.request.to]]
-        if ticket in worker.queue:
-            worker.queue.remove(ticket)
-            self._release(ticket)
-        elif ticket.serial in worker.busy:
-            _send(worker, Withdraw(ticket.serial))
+        """As Fleet.cancel. What a worker is working on runs to its end, and its reply is dropped."""
+        for task in self._tasks.pop(request_id, {}).values():
+            task.what.withdrawn = True
+            if task.worker < 0:
+                self._schedule.drop(task)
+                self._release(task.what)
+            elif task.serial in self._workers[task.worker].busy:
+                self._workers[task.worker].withdraw(task.serial)
 
-    def _home_of(self, site: PartyId) -> int:
-        if site not in self._home:
-            loads = [(worker.load, bound) for worker, bound in zip(self._workers, self._bound, strict=True)]
-            self._home[site] = loads.index(min(loads))
-            self._bound[self._home[site]] += 1
-        return self._home[site]
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this fleet is closed; submit inside its `with` block")
+
+    def _add(self, request: Request | Requests, sites: Sequence[PartyId]) -> None:
+        attempt = (request.job, request.round, request.attempt)
+        task = Task(_Ticket(request, self._broadcast(request.shared)), sites, request.op, attempt)
+        self._schedule.add(task)
+        self._tasks.setdefault(request.id, {})[task.serial] = task
 
     def _broadcast(self, shared: Tensors) -> _Broadcast | None:
         if not shared:
@@ -239,29 +227,37 @@ class Workers:
         broadcast.users += 1
         return broadcast
 
-    def _dispatch(self, worker: _Worker) -> None:
-        """Send a worker what it may have ahead."""
-        while worker.queue and len(worker.busy) < _AHEAD:
-            ticket = worker.queue.popleft()
-            if ticket.body is None:
-                number = self._pool.take("request")
-                size = self._pool[number].write(request_fields(ticket.request), ticket.request.body)
-                ticket.body, ticket.reply = (
-                    Message(number, size),
-                    self._pool.take("reply"),
-                )
-            shared = ticket.broadcast.message if ticket.broadcast else None
-            used = {ticket.body.block, ticket.reply} | ({shared.block} if shared else set())
-            new = tuple(used - worker.known)
-            worker.known |= used
-            worker.busy[ticket.serial] = ticket
-            _send(
-                worker,
-                Job(ticket.serial, shared, ticket.body, ticket.reply, new),
-                *(self._pool[n] for n in new),
-            )
+    def _dispatch(self) -> None:
+        """First something for every worker that is idle, then something ahead for those that are not."""
+        for jobs in range(_AHEAD):
+            for number, worker in enumerate(self._workers):
+                if not self._schedule.ready:
+                    return
+                if len(worker.busy) == jobs:
+                    busy = sum(task.cost for task in worker.busy.values())
+                    task = self._schedule.take_ahead(number, busy) if jobs else self._schedule.take(number)
+                    if task is not None:
+                        self._give(worker, task)
 
-    def _receive(self, worker: _Worker) -> None:
+    def _give(self, worker: Worker[_Ticket], task: _Task) -> None:
+        ticket = task.what
+        if task.torn:
+            why = "the scratch of these sites lies in several processes; ask them in the same parts as before"
+            self._arrived.append((task, SiteBug(task.sites, f"RuntimeError: {why}")))
+            self._end(task)
+            return
+        if ticket.block < 0:
+            ticket.block, ticket.reply = self._pool.take("request"), self._pool.take("reply")
+        stale = self._schedule.stale(task.worker)
+        request = ticket.request
+        if isinstance(request, Requests):
+            size = self._pool[ticket.block].write((requests_fields(request), stale), bodies_tensors(request))
+        else:
+            size = self._pool[ticket.block].write((request_fields(request), stale), request.body)
+        shared = ticket.broadcast.message if ticket.broadcast else None
+        worker.give(task, Job(task.serial, shared, Message(ticket.block, size), ticket.reply, ()), self._pool)
+
+    def _receive(self, worker: Worker[_Ticket]) -> None:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
@@ -271,33 +267,37 @@ class Workers:
             worker.ready = True
             return
         assert isinstance(message, Answer)
-        ticket = worker.busy.pop(message.serial)
-        held = set(message.held)
-        for number in held - worker.held:
-            self._pool.hold(number)
-        for number in worker.held - held:
-            self._pool.release(number)
-        worker.held = held
-        if not ticket.withdrawn:
-            self._arrived.append((ticket, self._outcome(ticket, message)))
-        self._release(ticket)
-        self._dispatch(worker)
+        task = worker.busy.pop(message.serial)
+        worker.hold(set(message.held), self._pool)
+        if message.size is None:  # it was withdrawn
+            self._end(task)
+            return
+        (fields, scratch), body, view = self._pool[task.what.reply].read(message.size)
+        if not task.what.withdrawn:
+            if message.bug is not None:
+                self._arrived.append((task, SiteBug(task.sites, message.bug)))
+            else:
+                body = self._kept(task.what.reply, body, view)
+                reply = (Replies if isinstance(task.what.request, Requests) else Reply)(body=body, **fields)
+                self._arrived.append((task, reply))
+        self._end(task, message.seconds, scratch)
 
-    def _outcome(self, ticket: _Ticket, message: Answer) -> Reply | SiteBug:
-        if message.bug is not None:
-            return SiteBug(ticket.request.to, message.bug)
-        assert message.size is not None
-        fields, body, view = self._pool[ticket.reply].read(message.size)
+    def _kept(self, block: int, body: dict[str, Any], view: memoryview) -> dict[str, Any]:
+        """The tensors of a reply, so that they stay as they are."""
         if self._pool.lent < _AHEAD * len(self._workers):
-            self._pool.hold(ticket.reply)
-            self._pool.lend(ticket.reply, view)
-        else:  # a program that keeps many replies gets copies, so that open blocks stay few
-            body = {name: tensor.clone() for name, tensor in body.items()}
-        return Reply(body=body, **fields)
+            self._pool.hold(block)
+            self._pool.lend(block, view)
+            return body
+        # A program that keeps many replies gets copies, so that open blocks stay few.
+        return {name: tensor.clone() for name, tensor in body.items()}
+
+    def _end(self, task: _Task, seconds: float | None = None, scratch: Sequence[PartyId] = ()) -> None:
+        self._schedule.over(task, seconds, scratch)
+        self._release(task.what)
 
     def _release(self, ticket: _Ticket) -> None:
-        if ticket.body is not None:
-            self._pool.release(ticket.body.block)
+        if ticket.block >= 0:
+            self._pool.release(ticket.block)
             self._pool.release(ticket.reply)
         if ticket.broadcast is not None:
             ticket.broadcast.users -= 1
@@ -305,88 +305,51 @@ class Workers:
                 del self._broadcasts[id(ticket.broadcast.shared)]
                 self._pool.release(ticket.broadcast.message.block)
 
-    def _replace(self, dead: _Worker) -> None:
-        """Put a new process in the place of a dead one, which was handling the first request of those that it had."""
+    def _forget(self, task: _Task) -> None:
+        tasks = self._tasks[task.what.request.id]
+        del tasks[task.serial]
+        if not tasks:
+            del self._tasks[task.what.request.id]
+
+    def _replace(self, dead: Worker[_Ticket]) -> None:
+        """Put a new process in the place of a dead one, which was handling the first task of those that it had."""
         dead.pipe.close()
-        code = _end(dead.process)
+        code = dead.end()
         if not dead.ready and code > 0:
             self._workers.remove(dead)
             self.close()
             raise WorkerDidNotStart(
                 f"a worker process ended with exit code {code} before it could work; see its output"
             )
-        for number in dead.held:
-            self._pool.release(number)
+        dead.hold(set(), self._pool)
         lost = list(dead.busy.values())
         if lost:
-            lost[0].deaths += 1
-            if lost[0].deaths == 2 and not lost[0].withdrawn:
+            lost[0].what.deaths += 1
+        for task in lost:
+            ticket = task.what
+            if ticket.withdrawn:
+                self._end(task)
+            elif ticket.deaths == 2:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                failure = Reply.failure(lost[0].request, f"its worker process died ({how}) twice")
-                self._arrived.append((lost[0], failure))
-        for ticket in lost:
-            if ticket.withdrawn or ticket.deaths == 2:
-                self._release(ticket)
-        again = [ticket for ticket in lost if not ticket.withdrawn and ticket.deaths < 2]
+                self._arrived.append((task, _failure(ticket.request, f"its worker process died ({how}) twice")))
+                self._end(task)
+            else:
+                self._schedule.back(task)
         index = self._workers.index(dead)
         try:
-            self._workers[index] = self._start(queue=deque([*again, *dead.queue]))
+            self._workers[index] = self._kind.start()
         except BaseException:
             del self._workers[index]
             self.close()
             raise
-        self._dispatch(self._workers[index])
-
-    def _start(self, queue: deque[_Ticket] | None = None) -> _Worker:
-        ours, theirs = multiprocessing.Pipe()
-        _OPEN.add(ours)
-        forks = self._context.get_start_method() == "fork"
-        inherited = [end for end in _OPEN if not end.closed] if forks else []
-        process = self._context.Process(target=serve, args=(theirs, inherited, *self._job), daemon=True)
-        try:
-            with started_quietly():
-                process.start()
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            ours.close()
-            raise BadInput(
-                f"program and site cannot be sent to a new process ({error}); "
-                'define them in a module, or use start="fork"'
-            ) from error
-        finally:
-            theirs.close()
-        return _Worker(process, ours, queue=queue or deque())
 
 
-def _context(workers: int, threads: int, start: Start | None) -> Any:
-    if sys.platform != "linux":
-        raise BadInput(f"Workers needs Linux and this is {sys.platform!r}; use Local (--workers 0)")
-    if workers < 1 or threads < 1:
-        raise BadInput(f"Workers needs workers >= 1 and threads >= 1, got {workers} and {threads}")
-    if start == "fork" and threads > 1:
-        raise UnsoundCombination(f'threads={threads} can hang after a fork; use start="spawn" or threads=1')
-    if start is None:
-        forks = threads == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        start = "fork" if forks else "spawn"
-    return multiprocessing.get_context(start)
+def _failure(request: Request | Requests, error: str) -> Reply | Replies:
+    if isinstance(request, Requests):
+        return Replies.failure(request, error)
+    return Reply.failure(request, error)
 
 
-def _send(worker: _Worker, message: Job | Withdraw, *blocks: Any) -> None:
-    """Messages are far smaller than the pipe and few are under way, so this does not block."""
-    try:
-        worker.pipe.send(message)
-        for block in blocks:
-            reduction.send_handle(worker.pipe, block.descriptor, worker.process.pid)
-    except OSError:
-        pass  # it died: the next read of its pipe tells
-
-
-def _end(process: BaseProcess) -> int:
-    """Wait for a process that is about to end, and make sure that it does; its exit code, negative for a signal."""
-    process.join(_PATIENCE_S)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    code = process.exitcode
-    process.close()
-    assert code is not None
-    return code
+def _remove(spill: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a fork has a copy of the fleet, and may drop it
+        shutil.rmtree(spill, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Objectives: what a model is trained for, and how well it does.
 
-An objective turns model outputs and targets into a loss, and into sums over examples that can be added over batches and
-sites before they become metrics.
+An objective turns outputs and targets into numbers per row, the loss among them, whose sums can be added over batches
+and sites before they become metrics.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,13 @@ class Objective(Protocol):
         """Raise BadInput if these targets cannot be learned."""
         ...
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over a batch: a scalar."""
-        ...
-
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Sums over the batch, as float64 scalars; always "examples" and "loss"."""
+        """Numbers per row of a batch of n, float32 [n] each: at least "examples" (what counts) and "loss".
+
+        The loss that is minimised is sum(loss) / sum(examples), so "loss" must be differentiable. A row must not depend
+        on the others, and the code must run under `torch.func.vmap`: no branch on a value. Raises BadInput if outputs
+        and targets do not fit.
+        """
         ...
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -64,20 +65,17 @@ class Classification:
             wrong = targets[(targets < 0) | (targets >= self.classes)][0]
             raise BadInput(f"label {int(wrong)} is outside the classes 0..{self.classes - 1}")
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if outputs.ndim != 2 or outputs.shape[1] != self.classes:
             shape = list(outputs.shape)
             raise BadInput(
                 f"the model gives outputs of shape {shape} for {self.classes} classes, not [n, {self.classes}]"
             )
-        return functional.cross_entropy(outputs, targets)
-
-    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        outputs = outputs.detach().float()
+        outputs = outputs.float()
         return {
-            "examples": torch.tensor(float(len(targets)), dtype=torch.float64),
-            "loss": functional.cross_entropy(outputs, targets, reduction="sum").double(),
-            "correct": (outputs.argmax(dim=-1) == targets).sum().double(),
+            "examples": torch.ones(len(targets), device=targets.device),
+            "loss": functional.cross_entropy(outputs, targets, reduction="none"),
+            "correct": (outputs.detach().argmax(dim=-1) == targets).float(),
         }
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -99,20 +97,17 @@ class Regression:
         if not targets.is_floating_point() or not bool(torch.isfinite(targets).all()):
             raise BadInput("regression targets are finite floating-point numbers")
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         outputs, targets = _matrix(outputs), _matrix(targets)
         if outputs.shape != targets.shape:
             raise BadInput(
                 f"the model gives {outputs.shape[1]} numbers an example, and a target has {targets.shape[1]}"
             )
-        return functional.mse_loss(outputs, targets)
-
-    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        error = (_matrix(outputs).detach() - _matrix(targets)).double()
+        error = outputs.float() - targets
         return {
-            "examples": torch.tensor(float(len(targets)), dtype=torch.float64),
-            "loss": error.square().mean(dim=1).sum(),
-            "absolute": error.abs().mean(dim=1).sum(),
+            "examples": torch.ones(len(targets), device=targets.device),
+            "loss": error.square().mean(dim=1),
+            "absolute": error.detach().abs().mean(dim=1),
         }
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,21 +1,33 @@
-"""Local optimisers and learning-rate schedules over rounds, as values. PyTorch does the mathematics."""
+"""Local optimisers and learning-rate schedules over rounds, as values.
+
+The steps are written out here, over any list of tensors, rather than taken from `torch.optim`: the same code then moves
+one site's flat vector or a cohort's [sites, ...] in one kernel an operation, with a learning rate for each site.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fedelta.core.errors import BadInput
+
+Rate = float | Tensor  # one for all, or [sites] for tensors of shape [sites, ...]
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], Rate], None]
 
 
 class Optimizer(Protocol):
     @property
     def lr(self) -> float: ...
 
-    def make(self, weights: nn.Parameter, lr: float) -> torch.optim.Optimizer:
-        """A fresh optimiser for `weights`, at `lr` instead of its own."""
+    def make(self, weights: Sequence[Tensor]) -> Step:
+        """A fresh `step(weights, gradients, lr)`, which changes these weights in place and may overwrite the gradients.
+
+        A later call may be for the first rows of each tensor only (sites that have more steps to do than the others):
+        once a row is left out it stays out.
+        """
         ...
 
 
@@ -33,10 +45,19 @@ class SGD:
         if self.nesterov and not self.momentum:
             raise BadInput("SGD.nesterov needs momentum > 0")
 
-    def make(self, weights: nn.Parameter, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            [weights], lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-        )
+    def make(self, weights: Sequence[Tensor]) -> Step:
+        kept = [torch.zeros_like(w) if self.momentum else None for w in weights]
+
+        def step(weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: Rate) -> None:
+            for weight, gradient, velocity in zip(weights, gradients, kept, strict=True):
+                if self.weight_decay:
+                    gradient.add_(weight, alpha=self.weight_decay)
+                if velocity is not None:
+                    velocity = velocity[: len(weight)].mul_(self.momentum).add_(gradient)
+                    gradient = gradient.add_(velocity, alpha=self.momentum) if self.nesterov else velocity
+                _move(weight, gradient, lr)
+
+        return step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +76,36 @@ class AdamW:
         if not self.eps > 0:
             raise BadInput(f"AdamW.eps must be > 0, got {self.eps}")
 
-    def make(self, weights: nn.Parameter, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([weights], lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+    def make(self, weights: Sequence[Tensor]) -> Step:
+        kept = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+        done = 0
+
+        def step(weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: Rate) -> None:
+            nonlocal done
+            done += 1
+            unbias, unbias_square = 1 - self.betas[0] ** done, 1 - self.betas[1] ** done
+            for weight, gradient, (mean, square) in zip(weights, gradients, kept, strict=True):
+                if self.weight_decay:
+                    weight.mul_(1 - (_by_site(lr, weight) if isinstance(lr, Tensor) else lr) * self.weight_decay)
+                mean = mean[: len(weight)].lerp_(gradient, 1 - self.betas[0])
+                square = square[: len(weight)].mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+                root = torch.sqrt(square, out=gradient).div_(math.sqrt(unbias_square)).add_(self.eps)
+                _move(weight, torch.div(mean, root, out=root), lr, 1 / unbias)
+
+        return step
+
+
+def _move(weight: Tensor, direction: Tensor, lr: Rate, factor: float = 1.0) -> None:
+    """weight -= lr * factor * direction"""
+    if isinstance(lr, Tensor):
+        weight.addcmul_(_by_site(lr, weight), direction, value=-factor)
+    else:
+        weight.add_(direction, alpha=-lr * factor)
+
+
+def _by_site(lr: Tensor, weight: Tensor) -> Tensor:
+    """The rate of each site, so that it multiplies that site's row of `weight`."""
+    return lr[: len(weight)].view(-1, *[1] * (weight.ndim - 1))
 
 
 def _check(name: str, lr: float, weight_decay: float) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from torch import nn
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.seeds import seeded
+from fedelta.learning.cohort import CohortModel
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Objective
+from fedelta.learning.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,23 +31,38 @@ class Task:
         with seeded(seed, "model"):
             return self.model()
 
-    def flat(self, seed: int, device: torch.device | str = "cpu", *, channels_last: bool = False) -> FlatModel:
+    def flat(self, seed: int, plan: Plan) -> FlatModel:
         """This process's working copy of the model: built once, and overwritten by whoever loads into it."""
         copies = _working_copies.setdefault(self, {})
-        key = (seed, str(device), channels_last)
+        key = (seed, plan.device, bool(plan.channels_last))
         if key not in copies:
             copies.clear()  # a sweep over seeds keeps one model, not all
-            copies[key] = FlatModel(self.build(seed), device, channels_last=channels_last)
+            copies[key] = FlatModel(self.build(seed), plan.device, channels_last=bool(plan.channels_last))
         return copies[key]
 
+    def cohort(self, seed: int, plan: Plan) -> CohortModel:
+        """As `flat`, for many sites at once. Raises BadInput if they have to be trained one by one."""
+        models = _cohort_models.setdefault(self, {})
+        key = (seed, plan.device)
+        if key not in models:
+            models.clear()
+            models[key] = CohortModel(self.build(seed), plan.device)
+        return models[key]
+
     def check(self, examples: Examples) -> None:
-        """Raise BadInput if these examples cannot be learned."""
+        """Raise BadInput if these examples cannot be learned. The same object is looked through once."""
+        checked = _checked.setdefault(self, WeakSet())
+        if examples in checked:
+            return
         for name, tensor in examples.inputs.items():
             if tensor.dtype == torch.float64:
                 raise BadInput(
                     f"input {name!r} is float64, and models are trained in float32; convert it with .float()"
                 )
         self.objective.check(examples.targets)
+        checked.add(examples)
 
 
 _working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()
+_cohort_models: WeakKeyDictionary[Task, dict[tuple[int, str], CohortModel]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[Task, WeakSet[Examples]] = WeakKeyDictionary()

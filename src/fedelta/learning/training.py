@@ -1,21 +1,26 @@
 """Local training and evaluation: what a site does with its own data."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedelta.core.errors import BadInput, TrainingFailed
 from fedelta.core.examples import Examples
-from fedelta.core.seeds import generator, seeded
+from fedelta.core.seeds import seeded
+from fedelta.learning.batches import batches
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Objective
 from fedelta.learning.optimizers import Constant, Optimizer, Schedule
+from fedelta.learning.plan import Plan
 from fedelta.learning.text import trim
 from fedelta.learning.tuning import train_mode
+
+PLAIN = Plan().plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +33,6 @@ class Training:
     steps: int | None = None
     clip: float | None = None  # L2 bound of a batch's gradient
     schedule: Schedule = Constant()
-    bf16: bool = False  # autocast of the forward pass; weights stay float32
-    channels_last: bool = False  # memory format of images and filters, [n, c, h, w]: faster convolutions
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -48,6 +50,7 @@ def train(
     examples: Examples,
     objective: Objective,
     training: Training,
+    plan: Plan = PLAIN,
     *,
     round: int,
     seed: int,
@@ -55,8 +58,9 @@ def train(
 ) -> dict[str, float]:
     """Train `model` in place on `examples`; returns the sums of its objective over all steps, and "steps".
 
-    `seed` decides shuffling and dropout. `proximal` adds `proximal/2 * ||w - w_start||^2` to the loss, w_start being
-    the weights that the model came with. Raises TrainingFailed if the loss or a weight is no longer finite.
+    `plan` is the one for which `model` was made. `seed` decides shuffling and dropout. `proximal` adds
+    `proximal/2 * ||w - w_start||^2` to the loss, w_start being the weights that the model came with. Raises
+    TrainingFailed if the loss or a weight is no longer finite.
     """
     if training.batch < model.least_batch:
         raise BadInput("BatchNorm needs batches of two examples or more; raise Training.batch above 1")
@@ -64,48 +68,48 @@ def train(
         have = "has no training examples" if not len(examples) else "has one training example, and BatchNorm needs two"
         raise BadInput(f"this site {have}")
     lr = training.optimizer.lr * training.schedule.factor(round)
-    optimizer = training.optimizer.make(model.weights, lr)
-    start = model.weights.detach().clone() if proximal else None
+    weights = model.weights.detach()
+    step = training.optimizer.make([weights])
+    start = weights.clone() if proximal else None
     totals: dict[str, Tensor] = {}
     steps = 0
     train_mode(model.module)
     with seeded(seed, "dropout"):
-        for rows in _batches(len(examples), training, seed, model.least_batch):
-            batch = _prepared(examples[rows], training)
+        for rows in batches(len(examples), training.batch, training.epochs, training.steps, seed, model.least_batch):
+            batch = prepared(examples[rows], plan)
             model.gradient.zero_()
-            with _autocast(training):
-                outputs = predict(model.module, batch.inputs)
-                loss = objective.loss(outputs, batch.targets)
+            with autocast(plan):
+                measured = objective.measure(predict(model.module, batch.inputs), batch.targets)
+                loss = measured["loss"].sum() / measured["examples"].sum()
             loss.backward()  # type: ignore[no-untyped-call]
             if start is not None:
-                model.gradient.add_(model.weights.detach() - start, alpha=proximal)
+                model.gradient.add_(weights - start, alpha=proximal)
             if training.clip is not None:
                 _clip(model.gradient, training.clip)
-            optimizer.step()
-            _add(totals, objective.measure(outputs, batch.targets))
+            step([weights], [model.gradient], lr)
+            _add(totals, measured)
             steps += 1
     sums = {name: float(value) for name, value in totals.items()}
-    if not math.isfinite(sums["loss"]) or not bool(torch.isfinite(model.weights).all()):
-        raise TrainingFailed(f"its loss became {sums['loss']} within {steps} steps at learning rate {lr:g}; lower it")
+    if not math.isfinite(sums["loss"]) or not bool(torch.isfinite(weights).all()):
+        raise TrainingFailed(diverged(sums["loss"], steps, lr))
     return sums | {"steps": float(steps)}
 
 
 @torch.no_grad()
 def evaluate(
-    model: FlatModel, examples: Examples, objective: Objective, training: Training, *, batch: int = 256
+    model: FlatModel, examples: Examples, objective: Objective, plan: Plan = PLAIN, *, batch: int = 256
 ) -> dict[str, float]:
     """The sums of the objective over `examples`, with the model as it is and in evaluation mode."""
     totals: dict[str, Tensor] = {}
     model.module.eval()
     for rows in torch.split(_by_length(examples), batch):
-        part = _prepared(examples[rows], training)
-        with _autocast(training):
-            outputs = predict(model.module, part.inputs)
-        _add(totals, objective.measure(outputs, part.targets))
+        part = prepared(examples[rows], plan)
+        with autocast(plan):
+            _add(totals, objective.measure(predict(model.module, part.inputs), part.targets))
     return {name: float(value) for name, value in totals.items()}
 
 
-def predict(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def predict(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
     """The model's outputs: what it returns, or the `logits` of what a Hugging Face model returns."""
     outputs = module(inputs["x"]) if inputs.keys() == {"x"} else module(**inputs)
     logits = getattr(outputs, "logits", outputs)
@@ -113,36 +117,25 @@ def predict(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _batches(n: int, training: Training, seed: int, least: int) -> Iterator[Tensor]:
-    """Row indices of each step: one permutation an epoch; what is left of it, if fewer than `least`, is dropped."""
-    left = training.steps if training.steps is not None else math.inf
-    epoch = 0
-    while left > 0 and (training.epochs is None or epoch < training.epochs):
-        order = torch.randperm(n, generator=generator(seed, "batches", epoch))
-        for rows in torch.split(order, training.batch):
-            if left <= 0:
-                return
-            if len(rows) < least:
-                continue
-            yield rows
-            left -= 1
-        epoch += 1
-
-
-def _prepared(batch: Examples, training: Training) -> Examples:
+def prepared(batch: Examples, plan: Plan) -> Examples:
+    """A batch on the plan's device and in its memory format, texts cut to the longest of them."""
     inputs = {}
     for name, tensor in trim(batch.inputs).items():
-        tensor = tensor.to(training.device)
-        if training.channels_last and tensor.ndim == 4:
+        tensor = tensor.to(plan.device)
+        if plan.channels_last and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         inputs[name] = tensor
-    return Examples(inputs, batch.targets.to(training.device))
+    return Examples(inputs, batch.targets.to(plan.device))
 
 
-def _autocast(training: Training) -> AbstractContextManager[None]:
-    if not training.bf16:
+def autocast(plan: Plan) -> AbstractContextManager[None]:
+    if not plan.bf16:
         return nullcontext()
-    return torch.autocast(torch.device(training.device).type, dtype=torch.bfloat16)
+    return torch.autocast(torch.device(plan.device).type, dtype=torch.bfloat16)
+
+
+def diverged(loss: float, steps: int, lr: float) -> str:
+    return f"its loss became {loss} within {steps} steps at learning rate {lr:g}; lower it"
 
 
 def _clip(gradient: Tensor, bound: float) -> None:
@@ -151,8 +144,9 @@ def _clip(gradient: Tensor, bound: float) -> None:
     gradient.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-    for name, value in sums.items():
+def _add(totals: dict[str, Tensor], measured: Mapping[str, Tensor]) -> None:
+    for name, values in measured.items():
+        value = values.detach().sum(dtype=torch.float64)
         totals[name] = totals[name] + value if name in totals else value
 
 

@@ -105,7 +105,7 @@ class RunFolder:
     def open(cls, path: Path | str, commit_every_s: float = 30.0) -> "RunFolder":
         """Open a folder to continue its run; `resume` comes next. Raises CannotResume if there is no run in it."""
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         with _writing(path):
             return cls(path, manifest, _lock(path), commit_every_s)
 
@@ -247,7 +247,7 @@ class RunFolder:
 
 def read_run(path: Path | str) -> tuple[dict[str, Plain], list[Report]]:
     """The manifest and the reports of a run, finished or not, without holding it; a torn last line is left out."""
-    manifest = _read_manifest(Path(path))
+    manifest = read_manifest(Path(path))
     rounds = Path(path) / ROUNDS
     content = rounds.read_bytes() if rounds.exists() else b""
     complete = content[: content.rfind(b"\n") + 1]
@@ -261,12 +261,12 @@ def _parse_line(line: bytes, path: Path) -> Report:
         raise CannotResume(f"{path} has a line that is not a report ({line[:60]!r}); restore it from a copy") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Plain]:
+def read_manifest(path: Path) -> dict[str, Plain]:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise CannotResume(f"there is no run in {path} (no {MANIFEST}); start one without --resume") from None
+        raise CannotResume(f"there is no run in {path} (no {MANIFEST}); start one, or name its folder") from None
     except OSError as error:
         raise CannotResume(f"{file} cannot be read: {error.strerror}; make it readable") from error
     except ValueError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
 from fedelta.observe.text import metric_text, plural, seconds_text
 
@@ -29,8 +29,8 @@ class Watched:
     """A fleet that tells what passes through it."""
 
     fleet: Fleet
-    on_request: Callable[[Request], None] = lambda _: None
-    on_reply: Callable[[Reply], None] = lambda _: None
+    on_request: Callable[[Request | Requests], None] = lambda _: None
+    on_reply: Callable[[Reply | Replies], None] = lambda _: None
 
     def parties(self) -> Sequence[PartyId]:
         return self.fleet.parties()
@@ -39,7 +39,11 @@ class Watched:
         self.on_request(request)
         self.fleet.submit(request)
 
-    def next_reply(self, timeout_s: float | None = None) -> Reply | None:
+    def submit_many(self, requests: Requests, together: int) -> None:
+        self.on_request(requests)
+        self.fleet.submit_many(requests, together)
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
         reply = self.fleet.next_reply(timeout_s)
         if reply is not None:
             self.on_reply(reply)
@@ -129,14 +133,19 @@ class Progress:
         elif first or last or now - self._printed_at >= self._every_s:
             self._print_line()
 
-    def _on_request(self, request: Request) -> None:
+    def _on_request(self, request: Request | Requests) -> None:
         self._operations[request.id] = request.op
-        self._asked[request.op] = self._asked.get(request.op, 0) + 1
+        sites = len(request) if isinstance(request, Requests) else 1
+        self._asked[request.op] = self._asked.get(request.op, 0) + sites
 
-    def _on_reply(self, reply: Reply) -> None:
-        operation = self._operations.pop(reply.answers, None)
+    def _on_reply(self, reply: Reply | Replies) -> None:
+        if isinstance(reply, Replies):
+            ids, sites = [reply.answers], len(reply.senders) + len(reply.errors)
+        else:  # to a single request, or to one of many
+            ids, sites = [reply.answers, reply.answers.removesuffix(f"/{reply.sender}")], 1
+        operation = next((self._operations[id] for id in ids if id in self._operations), None)
         if operation is not None:
-            self._answered[operation] = self._answered.get(operation, 0) + 1
+            self._answered[operation] = self._answered.get(operation, 0) + sites
         self._redraw(time.monotonic())
 
     def _redraw(self, now: float, always: bool = False) -> None:

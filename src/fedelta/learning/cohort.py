@@ -1,0 +1,247 @@
+"""Training many sites at once: their models side by side as one batch of weights [sites, ...].
+
+`torch.func.vmap` runs the module's own code over the batch, so any functional module will do: one kernel then serves
+all sites, where one by one each of them pays for every call. The sites' batches, numbers of steps and learning rates
+may differ; sites with more steps come first, so that those still at work are always the first rows, and a batch that
+is smaller than the others is padded and masked. The results equal training one by one to rounding (1e-5).
+
+Limits: a module that draws random numbers or keeps statistics of its batches (dropout, BatchNorm) is trained one by
+one. Filters that differ from site to site run as grouped convolutions, which on a CPU gains nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from fedelta.core.errors import BadInput
+from fedelta.core.examples import Examples
+from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
+from fedelta.learning.batches import Schedule
+from fedelta.learning.objectives import Objective
+from fedelta.learning.plan import Plan
+from fedelta.learning.training import Training, autocast, diverged, predict, prepared
+from fedelta.learning.tuning import train_mode
+
+_ALIGNMENT = 16  # elements: rows of weights begin at multiples of 64 bytes
+
+
+class CohortModel:
+    """A module that lends its code to many sites, and room for their weights."""
+
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Take over `module`. Raises BadInput if sites cannot be trained at once with it."""
+        self.module = module.to(device)
+        train_mode(module)
+        reason = one_by_one(module)
+        if reason is not None:
+            raise BadInput(f"{reason}, so that sites are trained one by one; set Plan.cohort to 1")
+        self.layout = Layout.of(trainable(module), travelling_buffers(module))
+        self._room = torch.empty(0, device=device)
+
+    def load(self, start: Parameters, sites: int) -> Tensor:
+        """The weights of `sites` sites that all begin at `start`: [sites, layout.size], kept until the next call."""
+        width = -(-self.layout.size // _ALIGNMENT) * _ALIGNMENT
+        if self._room.numel() < sites * width:
+            self._room = self._room.new_empty(sites * width)
+        weights = self._room[: sites * width].view(sites, width)[:, : self.layout.size]
+        weights.copy_(start.vector)
+        with torch.no_grad():
+            for name, buffer in travelling_buffers(self.module).items():
+                buffer.copy_(start[name] if buffer.is_floating_point() else start[name].round())
+        return weights
+
+    def views(self, weights: Tensor) -> dict[str, Tensor]:
+        """The trained tensors within `weights`, [sites, *shape] each."""
+        trained = [entry for entry in self.layout.entries if entry.offset < self.layout.trained]
+        return {
+            entry.name: weights[:, entry.offset : entry.offset + entry.numel].view(len(weights), *entry.shape)
+            for entry in trained
+        }
+
+    def measure(
+        self, objective: Objective, leaves: Mapping[str, Tensor], inputs: Mapping[str, Tensor], targets: Tensor
+    ) -> dict[str, Tensor]:
+        """What the objective measures of each row, [sites, rows]; site i with its own weights `leaves[name][i]`."""
+
+        def one(weights: dict[str, Tensor], inputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.module, weights, args, kwargs)
+
+            with _WeightFirst(weights.values()):
+                return objective.measure(predict(call, inputs), targets)
+
+        try:
+            measured: dict[str, Tensor] = vmap(one, randomness="error")(dict(leaves), dict(inputs), targets)
+        except RuntimeError as error:
+            if "random" not in str(error):
+                raise
+            raise BadInput(
+                "the model draws random numbers in training, so that sites are trained one by one; set Plan.cohort to 1"
+            ) from error
+        return measured
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of sites that trained at once. The rows of `deltas` are valid until the model is loaded again."""
+
+    deltas: Tensor  # float32 [sites, layout.size]: from the start; 0 for buffers
+    sums: Mapping[str, Tensor]  # float64 [sites] each: of the objective over all steps, and "steps"
+    failed: Mapping[int, str]  # site -> why its weights are no use
+
+
+def one_by_one(module: nn.Module) -> str | None:
+    """Why the sites of `module`, in training mode, cannot be trained at once; None if nothing is known against it."""
+    for part in module.modules():
+        if isinstance(part, _DropoutNd) and part.p > 0 and part.training:
+            return "the model draws random numbers in training (dropout)"
+        if isinstance(part, _NormBase) and part.training and type(part).__name__.startswith(("Batch", "SyncBatch")):
+            return "the model normalises over its batches (BatchNorm)"
+    return None
+
+
+def train_many(
+    model: CohortModel,
+    start: Parameters,
+    rows: Examples,
+    sizes: Sequence[int],
+    objective: Objective,
+    training: Training,
+    plan: Plan,
+    *,
+    round: int,
+    seeds: Sequence[int],
+    rates: Tensor | None = None,
+    proximal: float = 0.0,
+) -> Trained:
+    """As `train` for each of k sites from `start`: site i has the next `sizes[i]` >= 1 of `rows`, and `seeds[i]`.
+
+    `rates` [k] are factors on the learning rate, all 1 if not given.
+    """
+    schedule = Schedule.of(sizes, training.batch, training.epochs, training.steps, seeds)
+    steps = (schedule.counts > 0).sum(1)
+    order = torch.argsort(steps, descending=True, stable=True)  # those with most to do first
+    back = torch.argsort(order)
+    weights = model.load(start, len(sizes))
+    lr = training.optimizer.lr * training.schedule.factor(round)
+    work = _Work(
+        model=model,
+        objective=objective,
+        training=training,
+        plan=plan,
+        start={name: view[0] for name, view in model.views(start.vector[None].to(plan.device)).items()},
+        lr=lr if rates is None else lr * rates[order].to(plan.device),
+        proximal=proximal,
+    )
+    with torch.no_grad():
+        sums = work.run(weights, prepared(rows, plan), schedule.laid_out(order, sizes))
+        deltas = weights.sub_(start.vector)
+        if not torch.equal(order, torch.arange(len(sizes))):
+            deltas = deltas[back]
+    sums = {name: values.cpu()[back] for name, values in sums.items()} | {"steps": steps.double()}
+    return Trained(deltas, sums, _failures(deltas, sums, lr))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The steps of a cohort: what stays the same over them."""
+
+    model: CohortModel
+    objective: Objective
+    training: Training
+    plan: Plan
+    start: Mapping[str, Tensor]
+    lr: float | Tensor
+    proximal: float
+
+    def run(self, weights: Tensor, rows: Examples, steps: Schedule) -> dict[str, Tensor]:
+        """All steps, in place in `weights`; the sums of the objective, float64 [sites] each."""
+        views = self.model.views(weights)
+        step = self.training.optimizer.make(list(views.values()))
+        working = (steps.counts > 0).sum(0).tolist()  # sites at each step: the first ones
+        widest = steps.counts.amax(0).tolist()
+        ragged = (steps.counts.amin(0) < steps.counts.amax(0)).tolist()
+        totals: dict[str, Tensor] = {}
+        for t, (sites, width) in enumerate(zip(working, widest, strict=True)):
+            leaves = {name: view[:sites].detach().requires_grad_() for name, view in views.items()}
+            where = steps.rows[:sites, t, :width].reshape(-1)
+            inputs = {name: tensor[where].view(sites, width, *tensor.shape[1:]) for name, tensor in rows.inputs.items()}
+            targets = rows.targets[where].view(sites, width, *rows.targets.shape[1:])
+            counts = steps.counts[:sites, t] if ragged[t] else None
+            measured, gradients = self._gradients(leaves, inputs, targets, counts)
+            tensors = [leaf.detach() for leaf in leaves.values()]
+            self._shape(tensors, gradients)
+            step(tensors, gradients, self.lr)
+            for name, values in measured.items():
+                totals.setdefault(name, values.new_zeros(len(weights), dtype=torch.float64))[:sites] += values
+        return totals
+
+    def _gradients(
+        self, leaves: Mapping[str, Tensor], inputs: Mapping[str, Tensor], targets: Tensor, counts: Tensor | None
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Sums over each site's rows of what the objective measures, and the gradient of its mean loss."""
+        with torch.enable_grad(), autocast(self.plan):
+            measured = self.model.measure(self.objective, leaves, inputs, targets)
+            if counts is not None:  # rows beyond a site's own count are padding
+                own = torch.arange(targets.shape[1], device=targets.device) < counts.to(targets.device)[:, None]
+                measured = {name: values * own for name, values in measured.items()}
+            sums = {name: values.sum(1) for name, values in measured.items()}
+            loss = (sums["loss"] / sums["examples"]).sum()  # a site's gradient does not depend on the others' loss
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return {name: values.detach() for name, values in sums.items()}, list(gradients)
+
+    def _shape(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add the proximal term to the gradients and clip them, both in place."""
+        if self.proximal:
+            for weight, gradient, start in zip(weights, gradients, self.start.values(), strict=True):
+                gradient.add_(weight - start, alpha=self.proximal)
+        if self.training.clip is not None:
+            squares = [gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]
+            norms = torch.stack(squares).sum(0).sqrt()
+            factors = (self.training.clip / (norms + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+class _WeightFirst(TorchFunctionMode):
+    """Linear layers whose weight differs from site to site, as weight @ input^T.
+
+    The gradient of the weights then comes out in their own memory order, several times as fast as the transposed
+    product that PyTorch would use.
+    """
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._own = {id(weight) for weight in own}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear and id(args[1]) in self._own:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = (weight @ input.reshape(-1, input.shape[-1]).T).T
+    out = product.reshape(*input.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
+
+
+def _failures(deltas: Tensor, sums: Mapping[str, Tensor], lr: float) -> dict[int, str]:
+    low, high = torch.aminmax(deltas)  # NaN if one is
+    if bool(torch.isfinite(low) & torch.isfinite(high)) and bool(torch.isfinite(sums["loss"]).all()):
+        return {}
+    good = torch.isfinite(deltas).all(1).cpu() & torch.isfinite(sums["loss"])
+    return {
+        site: diverged(float(sums["loss"][site]), int(sums["steps"][site]), lr)
+        for site in (~good).nonzero()[:, 0].tolist()
+    }
