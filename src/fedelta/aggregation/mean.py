@@ -278,26 +278,29 @@ def _add_products(grid: Tensor, vector: Tensor, scale: float, small: bool, start
     1.5 × 2**52 neighbouring floats are 1 apart, so that the hardware rounds, and the low bits are the integer.
     """
     products = torch.empty(min(_CHUNK, len(vector)), dtype=torch.float64)
-    integers = torch.empty_like(products, dtype=torch.int64)
+    total = grid.numpy()  # NumPy: its operations on so few elements start faster than PyTorch's, and in one thread
     for start in starts:
         part = vector[start : start + _CHUNK]
-        product, integer = products[: len(part)], integers[: len(part)]
-        product.copy_(part).mul_(scale)
+        product = products[: len(part)].copy_(part).numpy()
+        product *= scale
         if small:
-            integer = product.add_(_SHIFT).view(torch.int64).sub_(_SHIFT_BITS)
+            product += _SHIFT
+            integers = product.view(np.int64)
+            integers -= _SHIFT_BITS
         else:
-            np.rint(product.numpy(), out=product.numpy())  # as Tensor.round, which uses several threads at any size
-            integer.copy_(product)
-        grid[start : start + _CHUNK].add_(integer)
+            integers = np.rint(product, out=product).astype(np.int64)
+        total[start : start + _CHUNK] += integers
 
 
 def _divide(vector: Tensor, grid: Tensor, exponent: int, weight: float, starts: range) -> None:
     """vector = grid / 2**exponent / weight for the chunks at `starts`, in float64."""
     unit = math.ldexp(1.0, -exponent)
+    total = grid.numpy()
     quotients = torch.empty(min(_CHUNK, len(vector)), dtype=torch.float64)
     for start in starts:
-        part = grid[start : start + _CHUNK]
-        vector[start : start + _CHUNK].copy_(quotients[: len(part)].copy_(part).mul_(unit).div_(weight))
+        quotient = quotients[: len(total[start : start + _CHUNK])]
+        np.multiply(total[start : start + _CHUNK], unit, out=quotient.numpy())
+        vector[start : start + _CHUNK].copy_(quotient.div_(weight))
 
 
 def _spread(work: Callable[[range], None], size: int) -> None:
