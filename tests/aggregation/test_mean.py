@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from random import Random
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedelta.aggregation.mean import Accumulator, Mean
-from fedelta.aggregation.rule import Rule
+from fedelta.aggregation.rule import ManyRule, Rule
 from fedelta.core.errors import BadInput, TooFewSites
-from fedelta.core.messages import Kind, Update
+from fedelta.core.messages import Kind, Update, Updates
 from fedelta.core.parameters import Layout, Parameters
 
 HALF_ULP = {torch.float32: Fraction(1, 2**24), torch.float64: Fraction(1, 2**53)}
@@ -315,3 +315,67 @@ def test_updates_are_taken_and_let_go_one_at_a_time() -> None:
 
     assert Mean()(arriving(), 3).count == 3
     assert len(vectors) == 3
+
+
+sites = st.lists(
+    st.tuples(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), st.floats(0.5, 500, width=32)),
+    min_size=1,
+    max_size=9,
+)
+
+
+def side_by_side(rows: list[tuple[list[float], float]]) -> Updates:
+    values = torch.tensor([row for row, _ in rows])
+    return Updates(
+        senders=[f"site-{i}" for i in range(len(rows))],
+        layout=Layout.of({"w": values[0]}),
+        values=values,
+        weights=torch.tensor([weight for _, weight in rows], dtype=torch.float64),
+        sums={"loss": values.double().sum(1)},
+    )
+
+
+@given(sites)
+def test_updates_side_by_side_combine_to_their_mean(rows: list[tuple[list[float], float]]) -> None:
+    updates = side_by_side(rows)
+    assert isinstance(Mean(), ManyRule)
+    assert Mean().refuse_many(updates) == {}
+    combined = Mean().combine(updates)
+    expected = Mean()(iter(updates), len(rows))
+    torch.testing.assert_close(combined.values.vector, expected.values.vector, rtol=1e-5, atol=1e-4)
+    assert combined.count == len(rows)
+    assert combined.weight == pytest.approx(expected.weight, rel=1e-12)
+    assert combined.sums == pytest.approx(expected.sums, rel=1e-12)
+    # the parts of a cohort, summed one by one, are the whole again
+    parts = [Mean().combine(side_by_side(rows[i : i + 2])) for i in range(0, len(rows), 2)]
+    whole = Mean()(iter(parts), len(rows))
+    torch.testing.assert_close(whole.values.vector, expected.values.vector, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda u: u.values[1].fill_(math.nan), "nan"),
+        (lambda u: u.values[1].fill_(-300.0), "at most 256"),
+        (lambda u: u.weights[1].fill_(-1.0), "weight -1"),
+        (lambda u: u.weights[1].fill_(2.0**21), "weight"),
+        (lambda u: u.weights[1].fill_(math.nan), "weight nan"),
+        (lambda u: u.sums["loss"][1].fill_(math.inf), "sum 'loss' is inf"),
+    ],
+)
+def test_one_of_many_is_refused_as_it_would_be_alone(spoil: Callable[[Updates], Tensor], reason: str) -> None:
+    updates = side_by_side([([1.0, 2.0, 3.0], 2.0)] * 3)
+    spoil(updates)
+    assert Mean().refuse_many(updates) == {1: Mean().refuse(list(updates)[1])}
+    assert reason in Mean().refuse_many(updates)[1]
+    kept = updates.without({1})
+    assert kept.senders == ["site-0", "site-2"]
+    assert Mean().refuse_many(kept) == {}
+    assert kept.sums["loss"].tolist() == [6.0, 6.0]
+
+
+def test_weights_of_zero_combine_to_nothing() -> None:
+    combined = Mean().combine(side_by_side([([1.0, 2.0, 3.0], 0.0)] * 2))
+    assert combined.weight == 0
+    with pytest.raises(TooFewSites, match="zero"):
+        Mean()([combined], 2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedelta.core import codec
 from fedelta.core.errors import BadTensors
-from fedelta.core.messages import Reply, Request, Update
+from fedelta.core.messages import Reply, Request, Requests, Update, Updates
 from fedelta.core.parameters import Layout, Parameters
 
 LAYOUT = Layout.of({"w": torch.zeros(2, 2), "b": torch.zeros(())}, {"n": torch.zeros(1, dtype=torch.int64)})
@@ -84,3 +84,43 @@ def test_replies_answer_their_request():
         assert (reply.sender, reply.answers, reply.round) == ("a", request.id, 3)
     assert good.error is None
     assert (bad.error, bad.body) == ("no data", {})
+
+
+def test_many_requests_are_what_each_would_be() -> None:
+    shared, own = {"w": torch.ones(2)}, {"c": torch.zeros(1)}
+    requests = Requests(
+        to=("a", "b", "c"), op="train", round=4, job="j", attempt=1, bases={"b": 3}, shared=shared, bodies={"c": own}
+    )
+    single = [
+        Request(to=to, op="train", round=4, job="j", attempt=1, base=base, shared=shared, body=body)
+        for to, base, body in (("a", -1, {}), ("b", 3, {}), ("c", -1, own))
+    ]
+    assert list(requests) == single
+    assert [requests.id_to(to) for to in requests.to] == [request.id for request in single]
+    part = requests.part(slice(1, 3))
+    assert list(part) == single[1:]
+    assert (part.id, len(part), part.shared) == (requests.id, 2, shared)
+    assert part.shared is shared
+
+
+def test_updates_side_by_side_can_be_put_together() -> None:
+    layout = Layout.of({"w": torch.empty(2)})
+
+    def updates(*names: str) -> Updates:
+        n = len(names)
+        return Updates(
+            senders=names,
+            layout=layout,
+            values=torch.arange(2.0 * n).view(n, 2),
+            weights=torch.arange(1.0, n + 1, dtype=torch.float64),
+            sums={"loss": torch.full((n,), 0.5, dtype=torch.float64)},
+        )
+
+    together = Updates.cat([updates("a"), updates("b", "c")], layout)
+    assert together.senders == ["a", "b", "c"]
+    assert [(one.weight, one.values.vector.tolist(), one.sums, one.count) for one in together] == [
+        (1.0, [0.0, 1.0], {"loss": 0.5}, 1),
+        (1.0, [0.0, 1.0], {"loss": 0.5}, 1),
+        (2.0, [2.0, 3.0], {"loss": 0.5}, 1),
+    ]
+    assert len(Updates.cat([], layout)) == 0
