@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedelta.core.seeds import derive, generator, seeded
+from fedelta.core.seeds import derive, derive_each, generator, seeded
 
 parts = st.integers() | st.text(alphabet=st.characters(codec="utf-8"), max_size=3)
 paths = st.lists(parts, min_size=1, max_size=4)
@@ -27,6 +27,11 @@ def test_paths_have_equal_seeds_exactly_where_they_are_equal(one, other):
 @given(st.integers(), paths)
 def test_a_seed_has_63_bits(seed, path):
     assert 0 <= derive(seed, *path) < 2**63
+
+
+@given(st.lists(parts, max_size=2), st.lists(parts, max_size=5), st.lists(parts, max_size=2))
+def test_seeds_for_each_are_those_of_one_after_the_other(before, each, after):
+    assert derive_each((3, *before), each, after) == [derive(3, *before, part, *after) for part in each]
 
 
 def test_parts_are_typed_and_framed():

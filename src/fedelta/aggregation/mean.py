@@ -79,8 +79,9 @@ class Mean:
         """The rows of `updates` that `refuse` refuses, with the reason."""
         numbers = torch.stack([updates.weights, *updates.sums.values()])
         good = torch.tensor([self.weight_bound, *[_NUMBER_BOUND] * len(updates.sums)], dtype=torch.float64)[:, None]
-        if _magnitude(updates.values) <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
-            return {}  # the usual case, and one pass over the values
+        magnitude = _magnitude(updates.values) if updates.magnitude is None else updates.magnitude
+        if magnitude <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
+            return {}  # the usual case, and at most one pass over the values
         reasons = ((row, self.refuse(update)) for row, update in enumerate(updates))
         return {row: reason for row, reason in reasons if reason is not None}
 

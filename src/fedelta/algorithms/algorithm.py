@@ -1,6 +1,6 @@
 """What an algorithm is: what a federation broadcasts, trains and does with the total."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -27,6 +27,18 @@ class Incoming:
     round: int
     seed: int  # of the run: decides how the model is built
     local_seed: int  # of this site in this round: decides its shuffling and dropout
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IncomingMany:
+    """What sites that are trained at once get to work with, in their order."""
+
+    shared: Tensors
+    own: Mapping[PartyId, Tensors]  # of those who get something besides
+    round: int
+    seed: int
+    local_seeds: Sequence[int]
     plan: Plan
 
 
@@ -58,7 +70,7 @@ class Algorithm(Protocol[S]):
         """A site's work."""
         ...
 
-    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+    def local_many(self, incoming: IncomingMany, sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
         """As `local` of each site, to rounding, at once; the sites that failed are apart, with the reason.
 
         The values may be overwritten by the next call.
@@ -93,61 +105,61 @@ def delta(task: Task, training: Training, incoming: Incoming, site: Site, *, pro
 
 
 def delta_many(
-    task: Task, training: Training, incoming: Sequence[Incoming], sites: Sequence[Site], *, proximal: float = 0.0
+    task: Task, training: Training, incoming: IncomingMany, sites: Sequence[Site], *, proximal: float = 0.0
 ) -> tuple[Updates, dict[PartyId, str]]:
     """As `delta` for each site, trained at once; and the sites that failed, with the reason.
 
     Sites whose examples have another form than the others' are trained in a batch of their own. The values are valid
     until sites are trained at once again.
     """
-    model = task.cohort(incoming[0].seed, incoming[0].plan)
-    start = Parameters(model.layout, incoming[0].tensors["parameters"])
-    examples, failed = _loaded(task, sites)
-    groups: dict[object, list[int]] = {}
-    for index, own in examples.items():
-        groups.setdefault(own.form, []).append(index)
+    model = task.cohort(incoming.seed, incoming.plan)
+    start = Parameters(model.layout, incoming.shared["parameters"])
+    groups, failed = _alike(task, sites)
     parts = []
-    for group in groups.values():
+    for group in groups:
+        examples = [site.data().train for _, site in group]
+        sizes = [len(own) for own in examples]
         trained = train_many(
             model,
             start,
-            Examples.cat([examples[index] for index in group]),
-            [len(examples[index]) for index in group],
+            Examples.cat(examples),
+            sizes,
             task.objective,
             training,
-            incoming[0].plan,
-            round=incoming[0].round,
-            seeds=[incoming[index].local_seed for index in group],
+            incoming.plan,
+            round=incoming.round,
+            seeds=[incoming.local_seeds[index] for index, _ in group],
             proximal=proximal,
         )
         updates = Updates(
-            senders=[sites[index].id for index in group],
+            senders=[site.id for _, site in group],
             layout=model.layout,
             values=trained.deltas if len(groups) == 1 else trained.deltas.clone(),
-            weights=torch.tensor([float(len(examples[index])) for index in group], dtype=torch.float64),
+            weights=torch.tensor(sizes, dtype=torch.float64),
             sums=trained.sums,
+            magnitude=None if trained.failed else trained.magnitude,
         )
         failed |= {updates.senders[row]: reason for row, reason in trained.failed.items()}
         parts.append(updates.without(trained.failed))
     return Updates.cat(parts, model.layout), failed
 
 
-def _loaded(task: Task, sites: Sequence[Site]) -> tuple[dict[int, Examples], dict[PartyId, str]]:
-    """The training examples of each site by its index, and the sites that have none to learn from."""
-    found: dict[int, Examples] = {}
+def _alike(task: Task, sites: Sequence[Site]) -> tuple[list[list[tuple[int, Site]]], dict[PartyId, str]]:
+    """The sites with their index, grouped by the form of their examples; and those that have none to learn from."""
+    groups: dict[object, list[tuple[int, Site]]] = {}
     failed: dict[PartyId, str] = {}
     for index, site in enumerate(sites):
         try:
             data = site.data().train
-            task.check(data)
+            form = task.check(data)
             if not len(data):
                 raise BadInput("this site has no training examples")
-            found[index] = data
+            groups.setdefault(form, []).append((index, site))
         except FedeltaError as error:
             failed[site.id] = str(error)
         except OSError as error:
             failed[site.id] = f"{type(error).__name__}: {error}"
-    return found, failed
+    return list(groups.values()), failed
 
 
 def moved(parameters: Parameters, total: Update) -> Parameters:

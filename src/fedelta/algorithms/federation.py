@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import ManyRule, Rule
-from fedelta.algorithms.algorithm import Algorithm, Incoming
+from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.sampling import All, Fixed, Sampling
 from fedelta.algorithms.stopping import Best, Stop
@@ -26,7 +27,7 @@ from fedelta.core.examples import Examples
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
-from fedelta.core.seeds import derive
+from fedelta.core.seeds import derive, derive_each
 from fedelta.core.threads import intra_op_threads
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.plan import Plan
@@ -91,6 +92,10 @@ class Federation(Generic[S]):
             raise UnsoundCombination(
                 f"{self.encoding} cannot be added up, but {self.collect} reveals only sums; use a linear encoding"
             )
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return self.plan.plain
 
     def init(self) -> FederationState[S]:
         """The state before the first round. Raises BadInput if `stop` waits for what is never measured."""
@@ -180,7 +185,14 @@ class Federation(Generic[S]):
         """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
         if requests.op != "train" or self.collect.shows is not Sight.EACH:
             raise BadInput(f"{requests.op!r} requests under {self.collect} are handled one by one")
-        incoming = [self._incoming(request) for request in requests]
+        incoming = IncomingMany(
+            shared=requests.shared,
+            own=requests.bodies,
+            round=requests.round,
+            seed=self.seed,
+            local_seeds=derive_each((self.seed, requests.round), requests.to, ("local",)),
+            plan=self._plan,
+        )
         updates, errors = self.algorithm.local_many(incoming, sites)
         if not self.stages and self.encoding.linear and isinstance(self.rule, ManyRule):
             refused = self.rule.refuse_many(updates)
@@ -202,7 +214,7 @@ class Federation(Generic[S]):
             round=request.round,
             seed=self.seed,
             local_seed=derive(self.seed, request.round, request.to, "local"),
-            plan=self.plan.plain,
+            plan=self._plan,
         )
 
     def _outgoing(self, update: Update, site: Site) -> Tensors:
@@ -221,17 +233,17 @@ class Federation(Generic[S]):
     def _measure(self, parameters: Parameters, examples: Examples) -> dict[str, float]:
         model = self._working_copy()
         model.load(parameters)
-        return evaluate(model, examples, self.algorithm.task.objective, self.plan.plain)
+        return evaluate(model, examples, self.algorithm.task.objective, self._plan)
 
     def _working_copy(self) -> FlatModel:
-        return self.algorithm.task.flat(self.seed, self.plan.plain)
+        return self.algorithm.task.flat(self.seed, self._plan)
 
     def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
 
     def _arriving(self, fleet: Fleet, requests: Requests, start: Parameters, tally: "_Tally") -> Iterator[Update]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
-        together = self.plan.plain.cohort or 1
+        together = self._plan.cohort or 1
         for reply in tally.watch(self.collect.gather(fleet, requests, together), requests):
             for senders, body in _bodies(reply, tally.absent):
                 try:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedelta.algorithms.algorithm import Algorithm, Incoming
+from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
@@ -152,7 +152,7 @@ class FedOpt:
     def local(self, incoming: Incoming, site: Site) -> Update:
         return self.client.local(incoming, site)
 
-    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+    def local_many(self, incoming: IncomingMany, sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
         return self.client.local_many(incoming, sites)
 
     def step(self, state: FedOptState, total: Update) -> FedOptState:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedelta.algorithms.algorithm import Incoming, delta, delta_many, moved
+from fedelta.algorithms.algorithm import Incoming, IncomingMany, delta, delta_many, moved
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
@@ -43,7 +43,7 @@ class FedProx:
     def local(self, incoming: Incoming, site: Site) -> Update:
         return delta(self.task, self.training, incoming, site, proximal=self.mu)
 
-    def local_many(self, incoming: Sequence[Incoming], sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
+    def local_many(self, incoming: IncomingMany, sites: Sequence[Site]) -> tuple[Updates, dict[PartyId, str]]:
         return delta_many(self.task, self.training, incoming, sites, proximal=self.mu)
 
     def step(self, state: Parameters, total: Update) -> Parameters:

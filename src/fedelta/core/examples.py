@@ -32,7 +32,7 @@ class Examples:
         for name, tensor in (("targets", self.targets), *self.inputs.items()):
             if tensor.ndim == 0:
                 raise BadInput(f"{name!r} has one row per example as its first dimension, and got a scalar")
-            if len(tensor) != len(self.targets):
+            if tensor.shape[0] != self.targets.shape[0]:
                 raise BadInput(f"input {name!r} has {len(tensor)} rows and the targets have {len(self.targets)}")
 
     @classmethod
@@ -64,7 +64,7 @@ class Examples:
         return (*named, self.targets.dtype, self.targets.shape[1:])
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.targets.shape[0]  # several times as fast as len(), and asked for each of thousands of sites
 
     def __getitem__(self, rows: Tensor | slice) -> "Examples":
         """The given rows; a slice gives views, an index tensor gives copies."""

@@ -184,6 +184,7 @@ class Updates:
     weights: Tensor  # float64 [sites], >= 0
     kind: Kind = "difference"
     sums: Mapping[str, Tensor] = field(default_factory=dict)  # float64 [sites] each
+    magnitude: float | None = None  # a bound on every |value|, where somebody has looked: saves others a pass
 
     def __len__(self) -> int:
         return len(self.senders)

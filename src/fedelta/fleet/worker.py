@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedelta.core.heap import keep_freed_memory
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 from fedelta.core.program import Program, Site
 from fedelta.fleet.answer import Sites, answer, answer_many
@@ -83,6 +84,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
+    keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A coordinator that was killed could not remove what sites kept in files.
     tidy = partial(shutil.rmtree, spill, ignore_errors=True)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedelta.core.seeds import derive, permutations
+from fedelta.core.seeds import derive_each, permutations
 
 Integers = npt.NDArray[np.int64]
 
@@ -83,4 +83,4 @@ def _cut(order: Integers, n: Integers, batch: int) -> npt.NDArray[Any]:
 
 
 def _seeds(seeds: Sequence[int], epoch: int) -> npt.NDArray[np.uint64]:
-    return np.array([derive(seed, "batches", epoch) for seed in seeds], dtype=np.uint64)
+    return np.array(derive_each((), seeds, ("batches", epoch)), dtype=np.uint64)

@@ -9,8 +9,9 @@ Limits: a module that draws random numbers or keeps statistics of its batches (d
 one. Filters that differ from site to site run as grouped convolutions, which on a CPU gains nothing.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
+from fedelta.core.heap import keep_freed_memory
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
 from fedelta.learning.batches import Schedule
 from fedelta.learning.objectives import Objective
@@ -44,6 +46,7 @@ class CohortModel:
         if reason is not None:
             raise BadInput(f"{reason}, so that sites are trained one by one; set Plan.cohort to 1")
         self.layout = Layout.of(trainable(module), travelling_buffers(module))
+        keep_freed_memory()  # a step takes and frees many times the weights of one site
         self._room = torch.empty(0, device=device)
 
     def load(self, start: Parameters, sites: int) -> Tensor:
@@ -96,6 +99,7 @@ class Trained:
     deltas: Tensor  # float32 [sites, layout.size]: from the start; 0 for buffers
     sums: Mapping[str, Tensor]  # float64 [sites] each: of the objective over all steps, and "steps"
     failed: Mapping[int, str]  # site -> why its weights are no use
+    magnitude: float  # the largest |delta|; not finite if a site failed
 
 
 def one_by_one(module: nn.Module) -> str | None:
@@ -147,7 +151,9 @@ def train_many(
         if not torch.equal(order, torch.arange(len(sizes))):
             deltas = deltas[back]
     sums = {name: values.cpu()[back] for name, values in sums.items()} | {"steps": steps.double()}
-    return Trained(deltas, sums, _failures(deltas, sums, lr))
+    low, high = torch.aminmax(deltas)  # NaN if one is
+    magnitude = max(-low.item(), high.item())
+    return Trained(deltas, sums, _failures(deltas, sums, magnitude, lr), magnitude)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +167,7 @@ class _Work:
     start: Mapping[str, Tensor]
     lr: float | Tensor
     proximal: float
+    rooms: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, weights: Tensor, rows: Examples, steps: Schedule) -> dict[str, Tensor]:
         """All steps, in place in `weights`; the sums of the objective, float64 [sites] each."""
@@ -173,8 +180,8 @@ class _Work:
         for t, (sites, width) in enumerate(zip(working, widest, strict=True)):
             leaves = {name: view[:sites].detach().requires_grad_() for name, view in views.items()}
             where = steps.rows[:sites, t, :width].reshape(-1)
-            inputs = {name: tensor[where].view(sites, width, *tensor.shape[1:]) for name, tensor in rows.inputs.items()}
-            targets = rows.targets[where].view(sites, width, *rows.targets.shape[1:])
+            inputs = {name: self._taken(name, tensor, where, (sites, width)) for name, tensor in rows.inputs.items()}
+            targets = self._taken("targets", rows.targets, where, (sites, width))
             counts = steps.counts[:sites, t] if ragged[t] else None
             measured, gradients = self._gradients(leaves, inputs, targets, counts)
             tensors = [leaf.detach() for leaf in leaves.values()]
@@ -183,6 +190,13 @@ class _Work:
             for name, values in measured.items():
                 totals.setdefault(name, values.new_zeros(len(weights), dtype=torch.float64))[:sites] += values
         return totals
+
+    def _taken(self, name: str, rows: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The rows at `where`, [sites, width, ...], in memory that serves every step."""
+        out = self.rooms.get(name)
+        if out is None or out.shape[0] < where.shape[0]:
+            out = self.rooms[name] = rows.new_empty(where.shape[0], *rows.shape[1:])
+        return torch.index_select(rows, 0, where, out=out[: where.shape[0]]).view(*shape, *rows.shape[1:])
 
     def _gradients(
         self, leaves: Mapping[str, Tensor], inputs: Mapping[str, Tensor], targets: Tensor, counts: Tensor | None
@@ -236,9 +250,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out if bias is None else out + bias
 
 
-def _failures(deltas: Tensor, sums: Mapping[str, Tensor], lr: float) -> dict[int, str]:
-    low, high = torch.aminmax(deltas)  # NaN if one is
-    if bool(torch.isfinite(low) & torch.isfinite(high)) and bool(torch.isfinite(sums["loss"]).all()):
+def _failures(deltas: Tensor, sums: Mapping[str, Tensor], magnitude: float, lr: float) -> dict[int, str]:
+    if math.isfinite(magnitude) and bool(torch.isfinite(sums["loss"]).all()):
         return {}
     good = torch.isfinite(deltas).all(1).cpu() & torch.isfinite(sums["loss"])
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -49,20 +49,21 @@ class Task:
             models[key] = CohortModel(self.build(seed), plan.device)
         return models[key]
 
-    def check(self, examples: Examples) -> None:
-        """Raise BadInput if these examples cannot be learned. The same object is looked through once."""
-        checked = _checked.setdefault(self, WeakSet())
-        if examples in checked:
-            return
+    def check(self, examples: Examples) -> tuple[object, ...]:
+        """The form of these examples; raises BadInput if they cannot be learned. The same object is checked once."""
+        checked = _checked.setdefault(self, WeakKeyDictionary())
+        form = checked.get(examples)
+        if form is not None:
+            return form
         for name, tensor in examples.inputs.items():
             if tensor.dtype == torch.float64:
                 raise BadInput(
                     f"input {name!r} is float64, and models are trained in float32; convert it with .float()"
                 )
         self.objective.check(examples.targets)
-        checked.add(examples)
+        return checked.setdefault(examples, examples.form)
 
 
 _working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()
 _cohort_models: WeakKeyDictionary[Task, dict[tuple[int, str], CohortModel]] = WeakKeyDictionary()
-_checked: WeakKeyDictionary[Task, WeakSet[Examples]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[Task, WeakKeyDictionary[Examples, tuple[object, ...]]] = WeakKeyDictionary()
