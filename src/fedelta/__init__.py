@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedelta.algorithms.fedopt import FedOpt as FedOpt
     from fedelta.algorithms.fedopt import FedYogi as FedYogi
     from fedelta.algorithms.fedprox import FedProx as FedProx
+    from fedelta.algorithms.planning import planned as planned
     from fedelta.algorithms.sampling import All as All
     from fedelta.algorithms.sampling import Fixed as Fixed
     from fedelta.algorithms.sampling import Poisson as Poisson
@@ -53,6 +54,7 @@ _HOME = {
     "algorithms.federation": ["Federation"],
     "algorithms.fedopt": ["FedAdagrad", "FedAdam", "FedAvgM", "FedOpt", "FedYogi"],
     "algorithms.fedprox": ["FedProx"],
+    "algorithms.planning": ["planned"],
     "algorithms.sampling": ["All", "Fixed", "Poisson"],
     "algorithms.stopping": ["Converged", "Target"],
     "core.examples": ["Examples"],

@@ -39,6 +39,7 @@ from fedelta import (
 from fedelta.cli.main import main
 from fedelta.core.digest import digest
 from fedelta.core.examples import Examples
+from fedelta.learning.optimizers import Cosine
 from fedelta.learning.pretrained import tokenizer
 from fedelta.learning.text import encode
 from fedelta.learning.tuning import Full, Head, Tuning
@@ -213,11 +214,12 @@ def test_fedprox(finetune: Command, options: list[object], mu: float) -> None:
 
 def test_every_other_option(finetune: Command) -> None:
     options = {"rank": 4, "lr": 0.002, "batch": 5, "epochs": 2, "per_round": 2, "seed": 7, "max_length": 4}
+    options["schedule"] = "cosine"
     printed = finetune("--text", "title", "--bf16", sites=3, test_fraction=0.5, **options)
     assert "/15 (" in printed  # half of the rows are test rows
     program = federation(finetune.model, LoRA(rank=4), 0.002, sampling=Fixed(size=2), seed=7)
     client = program.algorithm
-    training = replace(client.training, batch=5, epochs=2)
+    training = replace(client.training, batch=5, epochs=2, schedule=Cosine(rounds=1, floor=0.1))
     program = replace(program, algorithm=FedAvg(task=client.task, training=training))
     assert experiment(finetune) == digest(program)
     assert json.loads((finetune.folder / "out" / "manifest.json").read_text())["plan"]["bf16"] is True

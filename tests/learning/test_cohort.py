@@ -217,6 +217,20 @@ def test_buffers_do_not_move() -> None:
     assert trained.deltas[0, : start.layout.trained].all()
 
 
+class Counting(nn.Module):
+    """Counts its own batches, in a buffer that travels or not."""
+
+    def __init__(self, travels: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(25, 3)
+        self.register_buffer("seen", torch.zeros(()), persistent=travels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        out: Tensor = self.linear(x.flatten(1)) / self.seen
+        return out
+
+
 class Random(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -233,6 +247,7 @@ class Random(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(25, 3)), "draws random numbers"),
         (nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(25, 3)), "BatchNorm"),
         (Random(), "draws random numbers"),
+        (Counting(travels=True), "changes its buffer 'seen'"),
     ],
 )
 def test_models_that_have_to_be_trained_one_by_one_are_refused(module: nn.Module, reason: str) -> None:
@@ -249,6 +264,18 @@ def test_models_that_have_to_be_trained_one_by_one_are_refused(module: nn.Module
             round=1,
             seeds=[1, 2],
         )
+
+
+def test_a_buffer_that_does_not_travel_does_not_leak_into_the_next_sites() -> None:
+    model, start = CohortModel(Counting(travels=False)), Parameters.of(Counting(travels=False))
+    objective, training = Classification(classes=3), Training(optimizer=SGD(lr=0.1), batch=3)
+    ends = []
+    for _ in range(2):
+        trained = train_many(
+            model, start, rows_of([6, 4], objective), [6, 4], objective, training, PLAN, round=1, seeds=[1, 2]
+        )
+        ends.append(trained.deltas.clone())
+    assert torch.equal(ends[0], ends[1])
 
 
 def test_layers_that_only_look_random_are_taken() -> None:

@@ -8,7 +8,7 @@ checked, passed through the stages in reverse, and aggregated as it comes.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -200,6 +200,7 @@ class Federation(Generic[S]):
             updates = updates.without(refused)
             body = self.encoding.encode(self.rule.combine(updates)) if len(updates) else {}
         else:
+            updates = replace(updates, values=updates.values.cpu())
             by_name = {site.id: site for site in sites}
             encoded = [self._outgoing(one, by_name[to]) for to, one in zip(updates.senders, updates, strict=True)]
             body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}

@@ -65,6 +65,13 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     show_default="lora 5e-4, full 5e-5, head 1e-3",
     help="Of AdamW at the sites.",
 )
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="The learning rate over the rounds; cosine lowers it to a tenth.",
+)
 @click.option("--batch", type=click.IntRange(1), metavar="N", default=16, show_default=True, help="Rows a step.")
 @click.option(
     "--max-length",

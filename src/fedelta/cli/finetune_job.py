@@ -31,7 +31,7 @@ from fedelta.data.names import in_order
 from fedelta.data.partition import IID, Dirichlet, by_column
 from fedelta.data.tables import check_column, read_table, text_and_labels
 from fedelta.learning.objectives import Classification
-from fedelta.learning.optimizers import AdamW
+from fedelta.learning.optimizers import AdamW, Constant, Cosine
 from fedelta.learning.plan import Plan
 from fedelta.learning.pretrained import Pretrained, tokenizer
 from fedelta.learning.task import Task
@@ -82,6 +82,7 @@ class FineTuning:
     test_fraction: float = 0.2
     rank: int = 8
     lr: float | None = None
+    schedule: str = "constant"
     max_length: int | None = None
     mu: float = 0.01
     server_lr: float | None = None
@@ -95,6 +96,7 @@ class FineTuning:
             batch=self.batch,
             epochs=self.epochs,
             clip=1.0,
+            schedule=Cosine(rounds=self.rounds, floor=0.1) if self.schedule == "cosine" else Constant(),
         )
         data = self.read()
         federation: Federation[Any] = Federation(

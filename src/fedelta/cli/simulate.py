@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.algorithms.planning import planned
 from fedelta.cli.experiment import Sites
 from fedelta.cli.options import RunSettings
 from fedelta.core import codec
@@ -27,7 +28,6 @@ from fedelta.fleet.workers import Workers
 from fedelta.learning.objectives import Classification
 from fedelta.learning.plan import Plan
 from fedelta.learning.pretrained import Pretrained, save, tokenizer
-from fedelta.learning.trial import settle
 from fedelta.observe.files import replace_file
 from fedelta.observe.folder import RunFolder, read_manifest
 from fedelta.observe.manifest import differences, environment
@@ -36,7 +36,6 @@ from fedelta.observe.progress import Progress
 from fedelta.observe.report import run_page
 from fedelta.observe.text import bytes_text, plural
 
-_TRIED = 256  # sites whose data a trial may use
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
 
@@ -57,7 +56,7 @@ class Simulation:
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         held = self._load_sites(console)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
-        planned = replace(self, federation=replace(self.federation, plan=self._plan(held, console)))
+        planned = replace(self, federation=replace(self.federation, plan=self._plan(console)))
         planned._run(start, held, console)
 
     def _run(self, start: FederationState[Any], held: "_Held", console: Console) -> None:
@@ -91,7 +90,7 @@ class Simulation:
                     held.labels[name] = data.train.targets.numpy()
         return held
 
-    def _plan(self, held: "_Held", console: Console) -> Plan:
+    def _plan(self, console: Console) -> Plan:
         """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
         plan, chosen = self.federation.plan, self.settings.plan
         if self.settings.resume:
@@ -101,19 +100,10 @@ class Simulation:
             return plan.plain
         if chosen != "auto":
             return plan.filled(Plan.parse(read_manifest(Path(chosen)).get("plan")))
-        names = [name for name in self.sites.names if held.digests[name] is not None]
-        cohort = len(self.federation.sampling(self.sites.names, 1, self.federation.seed))
         with console.status("choosing how sites are trained"):
-            trial = settle(
-                plan,
-                self.federation.algorithm.task,
-                self.federation.algorithm.training,
-                [self.sites(name).train for name in names[:_TRIED]],
-                self.federation.seed,
-                at_most=-(-cohort // max(1, self.settings.workers)),
-            )
-        console.print(f"Sites are trained {trial.said}.", markup=False, soft_wrap=True)
-        return trial.plan
+            federation, said = planned(self.federation, self.sites, self.sites.names, workers=self.settings.workers)
+        console.print(f"Sites are trained {said}.", markup=False, soft_wrap=True)
+        return federation.plan
 
     @contextmanager
     def _folder(self, digests: dict[str, str | None], console: Console) -> Iterator[RunFolder]:

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from fedelta.core.examples import Array, Examples
+from fedelta.core.heap import keep_freed_memory
 from fedelta.core.memory import Memory
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 
@@ -129,8 +130,10 @@ class ManyProgram(Program[S], Protocol[S]):
 def run(program: Program[S], fleet: Fleet, state: S | None = None) -> Iterator[tuple[S, Report]]:
     """Run `program` on `fleet` until it is finished; yields the state and the report after every round.
 
-    Continues from `state` where one is given: the pair that it yields is all that a resume needs.
+    Continues from `state` where one is given: the pair that it yields is all that a resume needs. From then on the
+    process keeps memory that was freed (see `core/heap.py`): every round takes the same blocks again.
     """
+    keep_freed_memory()
     current = program.init() if state is None else state
     while program.finished(current) is None:
         current, report = program.step(current, fleet)

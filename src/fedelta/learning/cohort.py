@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
-from fedelta.core.heap import keep_freed_memory
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
 from fedelta.learning.batches import Schedule
 from fedelta.learning.objectives import Objective
@@ -46,20 +45,34 @@ class CohortModel:
         if reason is not None:
             raise BadInput(f"{reason}, so that sites are trained one by one; set Plan.cohort to 1")
         self.layout = Layout.of(trainable(module), travelling_buffers(module))
-        keep_freed_memory()  # a step takes and frees many times the weights of one site
         self._room = torch.empty(0, device=device)
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     def load(self, start: Parameters, sites: int) -> Tensor:
-        """The weights of `sites` sites that all begin at `start`: [sites, layout.size], kept until the next call."""
+        """The weights of `sites` sites that all begin at `start`: [sites, layout.size], kept until the next call.
+
+        `start` is on the device of the model.
+        """
         width = -(-self.layout.size // _ALIGNMENT) * _ALIGNMENT
         if self._room.numel() < sites * width:
             self._room = self._room.new_empty(sites * width)
         weights = self._room[: sites * width].view(sites, width)[:, : self.layout.size]
         weights.copy_(start.vector)
         with torch.no_grad():
+            for buffer, first in self._buffers:
+                buffer.copy_(first)
             for name, buffer in travelling_buffers(self.module).items():
                 buffer.copy_(start[name] if buffer.is_floating_point() else start[name].round())
         return weights
+
+    def check(self, start: Parameters) -> None:
+        """Raise BadInput if training has changed a buffer that travels: each site would need its own."""
+        for name, buffer in travelling_buffers(self.module).items():
+            if not torch.equal(buffer.to(start.vector.dtype), start[name].view(buffer.shape)):
+                raise BadInput(
+                    f"the model changes its buffer {name!r} in training, so that sites are trained one by one; "
+                    "set Plan.cohort to 1"
+                )
 
     def views(self, weights: Tensor) -> dict[str, Tensor]:
         """The trained tensors within `weights`, [sites, *shape] each."""
@@ -134,6 +147,7 @@ def train_many(
     steps = (schedule.counts > 0).sum(1)
     order = torch.argsort(steps, descending=True, stable=True)  # those with most to do first
     back = torch.argsort(order)
+    start = start.like(start.vector.to(plan.device))
     weights = model.load(start, len(sizes))
     lr = training.optimizer.lr * training.schedule.factor(round)
     work = _Work(
@@ -141,12 +155,13 @@ def train_many(
         objective=objective,
         training=training,
         plan=plan,
-        start={name: view[0] for name, view in model.views(start.vector[None].to(plan.device)).items()},
+        start={name: view[0] for name, view in model.views(start.vector[None]).items()},
         lr=lr if rates is None else lr * rates[order].to(plan.device),
         proximal=proximal,
     )
     with torch.no_grad():
         sums = work.run(weights, prepared(rows, plan), schedule.laid_out(order, sizes))
+        model.check(start)
         deltas = weights.sub_(start.vector)
         if not torch.equal(order, torch.arange(len(sizes))):
             deltas = deltas[back]
@@ -173,13 +188,14 @@ class _Work:
         """All steps, in place in `weights`; the sums of the objective, float64 [sites] each."""
         views = self.model.views(weights)
         step = self.training.optimizer.make(list(views.values()))
+        all_rows = steps.rows.to(self.plan.device)
         working = (steps.counts > 0).sum(0).tolist()  # sites at each step: the first ones
         widest = steps.counts.amax(0).tolist()
         ragged = (steps.counts.amin(0) < steps.counts.amax(0)).tolist()
         totals: dict[str, Tensor] = {}
         for t, (sites, width) in enumerate(zip(working, widest, strict=True)):
             leaves = {name: view[:sites].detach().requires_grad_() for name, view in views.items()}
-            where = steps.rows[:sites, t, :width].reshape(-1)
+            where = all_rows[:sites, t, :width].reshape(-1)
             inputs = {name: self._taken(name, tensor, where, (sites, width)) for name, tensor in rows.inputs.items()}
             targets = self._taken("targets", rows.targets, where, (sites, width))
             counts = steps.counts[:sites, t] if ragged[t] else None

@@ -23,7 +23,7 @@ from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
 
 _STEPS = 2  # of each site in the trial
-_COHORTS = (16, 64, 256)
+_COHORTS = (16, 64, 256, 1024)
 _LONG_STEP_S = 0.02  # beyond this it is arithmetic that takes the time, and there is nothing to gain at once
 _MARGIN = 0.8  # of the time one by one: a cohort must be clearly faster, as it takes more memory
 _MEMORY = 2**30  # bytes for the weights of a cohort and what training needs besides
