@@ -75,7 +75,7 @@ def section(results: Mapping[str, Block], drawn: Sequence[str]) -> str:
         for block in blocks:
             times = {own.name: seconds(own.round_s) for own in figures(block)}
             lines.append([f"{_size(block):,}", *(times.get(name, "–") for name in names)])
-        parts += [f"### Growth with {_GROWTH[kind]}", _where(blocks[0]), markdown([_GROWTH[kind], *names], lines)]
+        parts += [f"### Growth with {_GROWTH[kind]}", _where(*blocks), markdown([_GROWTH[kind], *names], lines)]
     if GROWTH in drawn:
         parts.append(f"![Time of a round by sites and by parameters](images/{GROWTH})")
     if results:
@@ -83,13 +83,15 @@ def section(results: Mapping[str, Block], drawn: Sequence[str]) -> str:
     return "\n\n".join(parts) or "There are no figures yet."
 
 
-def _where(block: Block) -> str:
+def _where(*blocks: Block) -> str:
+    block = blocks[0]
     machine, settings = block["machine"], block["settings"]
+    repeats = " to ".join(map(str, sorted({block["settings"]["repeats"] for block in blocks})))
     gpu = next((result["gpu"] for result in block["contestants"].values() if result.get("gpu")), None)
     device = f"on {gpu}" if gpu else "no accelerator used"
     return (
         f"{settings['cores']} of {machine['cores']} cores ({machine['cpu']}), {machine['memory_gb']} GB, {device}; "
-        f"medians of {settings['repeats']} repeats in turns, {block['date']}."
+        f"medians of {repeats} repeats in turns, {block['date']}."
     )
 
 

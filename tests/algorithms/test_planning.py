@@ -35,7 +35,7 @@ def test_a_plan_is_settled_on_the_sites_that_have_data() -> None:
     assert found.algorithm is ALGORITHM
 
 
-@pytest.mark.parametrize(("size", "workers"), [(7, 1), (14, 2)])
+@pytest.mark.parametrize(("size", "workers"), [(3, 1), (6, 2)])
 def test_a_worker_with_few_sites_trains_them_one_by_one(size: int, workers: int) -> None:
     found, said = planned(federation(sampling=Fixed(size=size)), site, list(DATA), workers=workers)
     assert found.plan == Plan().plain

@@ -24,6 +24,7 @@ from fedelta.learning.training import Training, train
 
 _STEPS = 2  # of each site in the trial
 _COHORTS = (16, 64, 256, 1024)
+_FEW = 4  # sites at once that are not worth a trial
 _LONG_STEP_S = 0.02  # beyond this it is arithmetic that takes the time, and there is nothing to gain at once
 _MARGIN = 0.8  # of the time one by one: a cohort must be clearly faster, as it takes more memory
 _MEMORY = 2**30  # bytes for the weights of a cohort and what training needs besides
@@ -97,7 +98,7 @@ class _Clock:
             return "as asked"
         if plan.cohort is not None:
             return None
-        if at_most < _COHORTS[0] // 2:
+        if at_most < _FEW:
             return "too few sites work at the same time"
         return one_by_one(self.task.flat(self.seed, plan).module)
 
