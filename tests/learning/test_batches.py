@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedelta.core.seeds import permutations
-from fedelta.learning.batches import Schedule, batches
+from fedelta.learning.batches import Steps, batches
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 lengths = st.one_of(st.tuples(st.integers(1, 4), st.none()), st.tuples(st.none(), st.integers(1, 30)))
@@ -17,7 +17,7 @@ def test_sites_side_by_side_take_the_batches_that_each_takes_alone(
     sizes: list[int], batch: int, length: tuple[int | None, int | None]
 ) -> None:
     seeds = [1000 + i for i in range(len(sizes))]
-    schedule = Schedule.of(sizes, batch, *length, seeds)
+    schedule = Steps.of(sizes, batch, *length, seeds)
     for i, n in enumerate(sizes):
         alone = list(batches(n, batch, *length, seeds[i]))
         counts = schedule.counts[i]
@@ -30,7 +30,7 @@ def test_sites_side_by_side_take_the_batches_that_each_takes_alone(
 
 @given(sizes, st.integers(1, 12), st.integers(1, 3))
 def test_another_order_of_sites_changes_nothing_for_each(sizes: list[int], batch: int, epochs: int) -> None:
-    schedule = Schedule.of(sizes, batch, epochs, None, range(len(sizes)))
+    schedule = Steps.of(sizes, batch, epochs, None, range(len(sizes)))
     order = torch.randperm(len(sizes))
     laid_out = schedule.laid_out(order, sizes)
     first = np.cumsum([0, *sizes[:-1]])

@@ -1,7 +1,5 @@
 """Training many sites at once, against training them one by one."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
-from fedelta.learning.cohort import CohortModel, Trained, train_many
+from fedelta.learning.cohort import Cohort, CohortModel, Trained, train_many
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Classification, Objective, Regression
 from fedelta.learning.optimizers import SGD, AdamW, Exponential, Optimizer
@@ -117,18 +115,14 @@ def test_at_once_equals_one_by_one(
     training = Training(optimizer=optimizer, batch=batch, epochs=length[0], steps=length[1], clip=clip)
     rates = torch.tensor(data.draw(st.lists(st.sampled_from([0.5, 1.0]), min_size=len(sizes), max_size=len(sizes))))
     rows, start = rows_of(sizes, objective), Parameters.of(mixed())
-    seeds = range(50, 50 + len(sizes))
     trained = train_many(
         CohortModel(mixed()),
         start,
-        rows,
-        sizes,
+        Cohort(rows=rows, sizes=sizes, seeds=range(50, 50 + len(sizes)), rates=rates),
         objective,
         training,
         PLAN,
         round=1,
-        seeds=seeds,
-        rates=rates,
         proximal=proximal,
     )
     for i, (delta, sums) in enumerate(one_by_one(rows, sizes, objective, training, proximal, rates)):
@@ -148,9 +142,8 @@ def test_the_learning_rate_follows_its_schedule_and_the_model_can_be_used_again(
 
     def once(round: int, lr: float = 0.1) -> Tensor:
         own = Training(**{**vars(training), "optimizer": SGD(lr=lr)})
-        trained = train_many(
-            model, start, rows, [6, 4], Classification(classes=3), own, PLAN, round=round, seeds=[1, 2]
-        )
+        cohort = Cohort(rows=rows, sizes=[6, 4], seeds=[1, 2])
+        trained = train_many(model, start, cohort, Classification(classes=3), own, PLAN, round=round)
         return trained.deltas.clone()
 
     first = once(1)
@@ -169,19 +162,10 @@ def test_bf16_is_near_float32_but_not_equal() -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=0.1, atol=0.02)
 
 
-def many(rows: Examples, sizes: list[int], training: Training, plan: Plan = PLAN, **options: Any) -> Trained:
-    return train_many(
-        CohortModel(mixed()),
-        Parameters.of(mixed()),
-        rows,
-        sizes,
-        Classification(classes=3),
-        training,
-        plan,
-        round=1,
-        seeds=range(len(sizes)),
-        **options,
-    )
+def many(rows: Examples, sizes: list[int], training: Training, plan: Plan = PLAN) -> Trained:
+    cohort = Cohort(rows=rows, sizes=sizes, seeds=range(len(sizes)))
+    model, objective = CohortModel(mixed()), Classification(classes=3)
+    return train_many(model, Parameters.of(mixed()), cohort, objective, training, plan, round=1)
 
 
 def test_a_site_that_diverges_does_not_touch_the_others() -> None:
@@ -204,13 +188,11 @@ def test_buffers_do_not_move() -> None:
     trained = train_many(
         CohortModel(module),
         start,
-        rows,
-        [6],
+        Cohort(rows=rows, sizes=[6], seeds=[1]),
         Classification(classes=3),
         Training(optimizer=SGD(lr=0.1)),
         PLAN,
         round=1,
-        seeds=[1],
     )
     assert start.layout.size == start.layout.trained + 2
     assert not trained.deltas[0, start.layout.trained :].any()
@@ -256,13 +238,11 @@ def test_models_that_have_to_be_trained_one_by_one_are_refused(module: nn.Module
         train_many(
             CohortModel(module),
             start,
-            rows_of([6, 6], Classification(classes=3)),
-            [6, 6],
+            Cohort(rows=rows_of([6, 6], Classification(classes=3)), sizes=[6, 6], seeds=[1, 2]),
             Classification(classes=3),
             Training(optimizer=SGD(lr=0.1)),
             PLAN,
             round=1,
-            seeds=[1, 2],
         )
 
 
@@ -271,9 +251,8 @@ def test_a_buffer_that_does_not_travel_does_not_leak_into_the_next_sites() -> No
     objective, training = Classification(classes=3), Training(optimizer=SGD(lr=0.1), batch=3)
     ends = []
     for _ in range(2):
-        trained = train_many(
-            model, start, rows_of([6, 4], objective), [6, 4], objective, training, PLAN, round=1, seeds=[1, 2]
-        )
+        cohort = Cohort(rows=rows_of([6, 4], objective), sizes=[6, 4], seeds=[1, 2])
+        trained = train_many(model, start, cohort, objective, training, PLAN, round=1)
         ends.append(trained.deltas.clone())
     assert torch.equal(ends[0], ends[1])
 

@@ -11,7 +11,7 @@ from fedelta.core.examples import Examples
 from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Site
-from fedelta.learning.cohort import train_many
+from fedelta.learning.cohort import Cohort, train_many
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
@@ -119,17 +119,11 @@ def delta_many(
     for group in groups:
         examples = [site.data().train for _, site in group]
         sizes = [len(own) for own in examples]
+        cohort = Cohort(
+            rows=Examples.cat(examples), sizes=sizes, seeds=[incoming.local_seeds[index] for index, _ in group]
+        )
         trained = train_many(
-            model,
-            start,
-            Examples.cat(examples),
-            sizes,
-            task.objective,
-            training,
-            incoming.plan,
-            round=incoming.round,
-            seeds=[incoming.local_seeds[index] for index, _ in group],
-            proximal=proximal,
+            model, start, cohort, task.objective, training, incoming.plan, round=incoming.round, proximal=proximal
         )
         updates = Updates(
             senders=[site.id for _, site in group],

@@ -39,7 +39,7 @@ def batches(n: int, batch: int, epochs: int | None, steps: int | None, seed: int
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Steps:
     """The steps of k sites side by side: step t of site i takes the rows `rows[i, t, :counts[i, t]]`.
 
     Behind a site's last step its counts are 0. Places beyond a count hold some row of the site.
@@ -51,7 +51,7 @@ class Schedule:
     @classmethod
     def of(
         cls, sizes: Sequence[int], batch: int, epochs: int | None, steps: int | None, seeds: Sequence[int]
-    ) -> "Schedule":
+    ) -> "Steps":
         """For sites with `sizes[i]` rows >= 1: the very batches that `batches` gives for each."""
         n: Integers = np.asarray(sizes, dtype=np.int64)
         an_epoch = -(-n // batch)
@@ -69,10 +69,10 @@ class Schedule:
             counts[site, at[valid]] = np.minimum(batch, n[:, None] - each * batch)[valid]
         return cls(torch.from_numpy(rows), torch.from_numpy(counts))
 
-    def laid_out(self, order: Tensor, sizes: Sequence[int]) -> "Schedule":
+    def laid_out(self, order: Tensor, sizes: Sequence[int]) -> "Steps":
         """The same with the sites in another order, and row numbers within all sites' rows one after the other."""
         first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-        return Schedule((self.rows + first[:, None, None])[order], self.counts[order])
+        return Steps((self.rows + first[:, None, None])[order], self.counts[order])
 
 
 def _cut(order: Integers, n: Integers, batch: int) -> npt.NDArray[Any]:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
-from fedelta.learning.batches import Schedule
+from fedelta.learning.batches import Steps
 from fedelta.learning.objectives import Objective
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import Training, autocast, diverged, predict, prepared
@@ -105,6 +105,16 @@ class CohortModel:
         return measured
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """k sites that train at once: site i has the next `sizes[i]` >= 1 of `rows`, and its own seed."""
+
+    rows: Examples
+    sizes: Sequence[int]
+    seeds: Sequence[int]
+    rates: Tensor | None = None  # [k] factors on the learning rate; all 1 if not given
+
+
 @dataclass(frozen=True)
 class Trained:
     """What came of sites that trained at once. The rows of `deltas` are valid until the model is loaded again."""
@@ -128,27 +138,21 @@ def one_by_one(module: nn.Module) -> str | None:
 def train_many(
     model: CohortModel,
     start: Parameters,
-    rows: Examples,
-    sizes: Sequence[int],
+    cohort: Cohort,
     objective: Objective,
     training: Training,
     plan: Plan,
     *,
     round: int,
-    seeds: Sequence[int],
-    rates: Tensor | None = None,
     proximal: float = 0.0,
 ) -> Trained:
-    """As `train` for each of k sites from `start`: site i has the next `sizes[i]` >= 1 of `rows`, and `seeds[i]`.
-
-    `rates` [k] are factors on the learning rate, all 1 if not given.
-    """
-    schedule = Schedule.of(sizes, training.batch, training.epochs, training.steps, seeds)
+    """As `train` for each site of `cohort`, all from `start`."""
+    schedule = Steps.of(cohort.sizes, training.batch, training.epochs, training.steps, cohort.seeds)
     steps = (schedule.counts > 0).sum(1)
     order = torch.argsort(steps, descending=True, stable=True)  # those with most to do first
     back = torch.argsort(order)
     start = start.like(start.vector.to(plan.device))
-    weights = model.load(start, len(sizes))
+    weights = model.load(start, len(order))
     lr = training.optimizer.lr * training.schedule.factor(round)
     work = _Work(
         model=model,
@@ -156,14 +160,14 @@ def train_many(
         training=training,
         plan=plan,
         start={name: view[0] for name, view in model.views(start.vector[None]).items()},
-        lr=lr if rates is None else lr * rates[order].to(plan.device),
+        lr=lr if cohort.rates is None else lr * cohort.rates[order].to(plan.device),
         proximal=proximal,
     )
     with torch.no_grad():
-        sums = work.run(weights, prepared(rows, plan), schedule.laid_out(order, sizes))
+        sums = work.run(weights, prepared(cohort.rows, plan), schedule.laid_out(order, cohort.sizes))
         model.check(start)
         deltas = weights.sub_(start.vector)
-        if not torch.equal(order, torch.arange(len(sizes))):
+        if not torch.equal(order, torch.arange(len(order))):
             deltas = deltas[back]
     sums = {name: values.cpu()[back] for name, values in sums.items()} | {"steps": steps.double()}
     low, high = torch.aminmax(deltas)  # NaN if one is
@@ -184,7 +188,7 @@ class _Work:
     proximal: float
     rooms: dict[str, Tensor] = field(default_factory=dict)
 
-    def run(self, weights: Tensor, rows: Examples, steps: Schedule) -> dict[str, Tensor]:
+    def run(self, weights: Tensor, rows: Examples, steps: Steps) -> dict[str, Tensor]:
         """All steps, in place in `weights`; the sums of the objective, float64 [sites] each."""
         views = self.model.views(weights)
         step = self.training.optimizer.make(list(views.values()))

@@ -17,7 +17,7 @@ from fedelta.core.errors import BadInput, TrainingFailed
 from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
 from fedelta.core.threads import intra_op_threads
-from fedelta.learning.cohort import one_by_one, train_many
+from fedelta.learning.cohort import Cohort, one_by_one, train_many
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
@@ -111,17 +111,9 @@ class _Clock:
     def _together(self, plan: Plan, size: int) -> None:
         alike = [site for site in self.sites if site.form == self.sites[0].form]
         sites = list(islice(cycle(alike), size))
-        train_many(
-            self.task.cohort(self.seed, plan),
-            self.start,
-            Examples.cat(sites),
-            [len(site) for site in sites],
-            self.task.objective,
-            self.training,
-            plan,
-            round=1,
-            seeds=range(size),
-        )
+        cohort = Cohort(rows=Examples.cat(sites), sizes=[len(site) for site in sites], seeds=range(size))
+        model = self.task.cohort(self.seed, plan)
+        train_many(model, self.start, cohort, self.task.objective, self.training, plan, round=1)
 
     def _fastest(self, work: Callable[[], None], sites: int) -> float:
         """Seconds a site, the best of a few; the first one builds models and fills caches, and does not count."""
