@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-all check bench clean
+.PHONY: help demo install test test-all test-vision check bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,12 @@ test: $(STAMP)  ## the quick tests
 
 test-all: $(STAMP)  ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+# Beside the environment: torchvision as PyPI has it does not load with a PyTorch for CPUs, and nor does transformers where
+# it finds such a torchvision. The tests know a way round.
+test-vision: $(STAMP)  ## the tests with the models of torchvision and timm
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/vision torchvision timm
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/vision $(BIN)/python -m pytest tests/learning/test_vision.py -m "slow or not slow"
 
 check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/ruff check .

@@ -19,6 +19,29 @@ WORDS = ["the", "a", "good", "bad", "film", "plot", "was", "is", "very", "not", 
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
+def _torchvision_operators() -> object:
+    """Declare what torchvision needs to be imported where its library, built for a PyTorch with CUDA, does not load.
+
+    Its classifiers call none of these operators. A transformers that finds torchvision imports it, too. What is
+    returned keeps the declarations alive.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return None
+    import torch
+
+    try:
+        return torch.ops.load_library(Path(found.origin).with_name("_C.so"))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+_OPERATORS = _torchvision_operators()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """A function from a name to the file or folder in ../shared/data; it skips the test where that is not there."""
@@ -30,6 +53,14 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def vision_libraries() -> None:
+    """torchvision and timm; it skips the test where they are not installed."""
+    for name in ("torchvision", "timm"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}: make test-vision")
 
 
 def tokenizer_of(special: dict[str, str], template: str | None, **options):

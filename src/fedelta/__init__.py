@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fedelta.algorithms.fedopt import FedOpt as FedOpt
     from fedelta.algorithms.fedopt import FedYogi as FedYogi
     from fedelta.algorithms.fedprox import FedProx as FedProx
+    from fedelta.algorithms.forecast import Link as Link
+    from fedelta.algorithms.forecasting import forecast as forecast
     from fedelta.algorithms.planning import planned as planned
     from fedelta.algorithms.sampling import All as All
     from fedelta.algorithms.sampling import Fixed as Fixed
@@ -26,25 +28,54 @@ if TYPE_CHECKING:
     from fedelta.core.parameters import Parameters as Parameters
     from fedelta.core.program import SiteData as SiteData
     from fedelta.core.program import run as run
+    from fedelta.data.audio import AudioFormat as AudioFormat
+    from fedelta.data.audio import audio_format as audio_format
+    from fedelta.data.audio import read_audio as read_audio
+    from fedelta.data.audio import read_audio_folder as read_audio_folder
+    from fedelta.data.images import ImageFormat as ImageFormat
+    from fedelta.data.images import image_format as image_format
+    from fedelta.data.images import read_image_folder as read_image_folder
+    from fedelta.data.images import read_images as read_images
     from fedelta.data.partition import IID as IID
     from fedelta.data.partition import Dirichlet as Dirichlet
     from fedelta.data.partition import Quantity as Quantity
     from fedelta.data.partition import Shards as Shards
     from fedelta.fleet.local import Local as Local
     from fedelta.fleet.workers import Workers as Workers
+    from fedelta.learning.bottleneck import Bottleneck as Bottleneck
+    from fedelta.learning.closed_form import LDA as LDA
+    from fedelta.learning.closed_form import Ridge as Ridge
+    from fedelta.learning.kinds import AudioClassification as AudioClassification
+    from fedelta.learning.kinds import CausalLanguageModel as CausalLanguageModel
+    from fedelta.learning.kinds import ImageClassification as ImageClassification
+    from fedelta.learning.kinds import MaskedLanguageModel as MaskedLanguageModel
+    from fedelta.learning.kinds import SequenceToSequence as SequenceToSequence
+    from fedelta.learning.kinds import TextClassification as TextClassification
+    from fedelta.learning.kinds import TokenClassification as TokenClassification
+    from fedelta.learning.lora import IA3 as IA3
+    from fedelta.learning.lora import LoRA as LoRA
     from fedelta.learning.objectives import Classification as Classification
+    from fedelta.learning.objectives import LanguageModel as LanguageModel
     from fedelta.learning.objectives import Regression as Regression
+    from fedelta.learning.objectives import Tagging as Tagging
     from fedelta.learning.optimizers import SGD as SGD
     from fedelta.learning.optimizers import AdamW as AdamW
     from fedelta.learning.optimizers import Cosine as Cosine
     from fedelta.learning.optimizers import Exponential as Exponential
     from fedelta.learning.plan import Plan as Plan
     from fedelta.learning.pretrained import Pretrained as Pretrained
+    from fedelta.learning.prompts import Prefix as Prefix
+    from fedelta.learning.prompts import Prompt as Prompt
+    from fedelta.learning.saving import load as load
+    from fedelta.learning.saving import save as save
     from fedelta.learning.task import Task as Task
     from fedelta.learning.training import Training as Training
+    from fedelta.learning.tuning import BitFit as BitFit
     from fedelta.learning.tuning import Full as Full
     from fedelta.learning.tuning import Head as Head
-    from fedelta.learning.tuning import LoRA as LoRA
+    from fedelta.learning.tuning import HeadAndNorms as HeadAndNorms
+    from fedelta.learning.tuning import LastLayers as LastLayers
+    from fedelta.learning.vision import Vision as Vision
 
 __version__ = "0.1.0"
 
@@ -54,22 +85,41 @@ _HOME = {
     "algorithms.federation": ["Federation"],
     "algorithms.fedopt": ["FedAdagrad", "FedAdam", "FedAvgM", "FedOpt", "FedYogi"],
     "algorithms.fedprox": ["FedProx"],
+    "algorithms.forecast": ["Link"],
+    "algorithms.forecasting": ["forecast"],
     "algorithms.planning": ["planned"],
     "algorithms.sampling": ["All", "Fixed", "Poisson"],
     "algorithms.stopping": ["Converged", "Target"],
     "core.examples": ["Examples"],
     "core.parameters": ["Parameters"],
     "core.program": ["SiteData", "run"],
+    "data.audio": ["AudioFormat", "audio_format", "read_audio", "read_audio_folder"],
+    "data.images": ["ImageFormat", "image_format", "read_image_folder", "read_images"],
     "data.partition": ["IID", "Dirichlet", "Quantity", "Shards"],
     "fleet.local": ["Local"],
     "fleet.workers": ["Workers"],
-    "learning.objectives": ["Classification", "Regression"],
+    "learning.closed_form": ["LDA", "Ridge"],
+    "learning.bottleneck": ["Bottleneck"],
+    "learning.lora": ["IA3", "LoRA"],
+    "learning.kinds": [
+        "AudioClassification",
+        "CausalLanguageModel",
+        "ImageClassification",
+        "MaskedLanguageModel",
+        "SequenceToSequence",
+        "TextClassification",
+        "TokenClassification",
+    ],
+    "learning.objectives": ["Classification", "LanguageModel", "Regression", "Tagging"],
     "learning.optimizers": ["SGD", "AdamW", "Cosine", "Exponential"],
     "learning.plan": ["Plan"],
     "learning.pretrained": ["Pretrained"],
     "learning.task": ["Task"],
     "learning.training": ["Training"],
-    "learning.tuning": ["Full", "Head", "LoRA"],
+    "learning.prompts": ["Prefix", "Prompt"],
+    "learning.saving": ["load", "save"],
+    "learning.tuning": ["BitFit", "Full", "Head", "HeadAndNorms", "LastLayers"],
+    "learning.vision": ["Vision"],
 }
 _MODULE_OF = {name: f"fedelta.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -330,6 +330,15 @@ def test_a_condition_that_can_never_hold_is_refused_before_the_run() -> None:
         federation(stop=Target(metric="validation_loss", value=1.0)).init()
 
 
+def test_the_best_may_be_that_of_round_zero() -> None:
+    stop = Converged(metric="test_accuracy", delta=0.0, rounds=2)
+    best = Best()
+    for round, accuracy in enumerate([0.9, 0.5, 0.6]):
+        best, reason = stop.update(best, round, {"test_accuracy": accuracy})
+    assert best == Best(value=0.9, round=0)
+    assert reason == "test_accuracy has not improved by 0 since round 0"
+
+
 def test_a_loss_is_better_when_it_falls() -> None:
     stop = Converged(metric="train_loss", delta=0.1, rounds=2)
     best = Best()

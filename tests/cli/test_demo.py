@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fedelta.cli.board import Board
 from fedelta.cli.demo import command
-from fedelta.cli.demo_board import Board
 from fedelta.cli.demo_methods import (
     ALONE,
     HEAD,
@@ -39,8 +39,8 @@ from fedelta.cli.demo_methods import (
     split,
     train,
 )
-from fedelta.cli.demo_processes import Done, Processes
-from fedelta.cli.demo_results import Results, accuracy_sentence, rounds_sentence
+from fedelta.cli.demo_results import METRIC, Results, accuracy_sentence, rounds_sentence
+from fedelta.cli.processes import Done, Processes
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.program import Report
 from fedelta.learning.plan import Plan
@@ -176,8 +176,8 @@ def test_processes_give_what_one_process_gives() -> None:
     ]
     found = {}
     for workers in (0, 2):
-        with Processes(workers) as processes:
-            found[workers] = {job: event.model for job, event in processes.run(todo) if isinstance(event, Done)}
+        with Processes(train, workers) as processes:
+            found[workers] = {job: event.result for job, event in processes.run(todo) if isinstance(event, Done)}
     assert found[0].keys() == set(todo)
     assert found[0] == found[2]
     pretrained, headed = _load(found[0][todo[0]]), _load(found[0][todo[-1]])
@@ -187,7 +187,7 @@ def test_processes_give_what_one_process_gives() -> None:
 
 def test_an_error_in_a_process_comes_back_as_it_is() -> None:
     diverging = Job(way=replace(SCRATCH, lr=1e30), seed=0, rounds=1)
-    with Processes(1) as processes, pytest.raises(FedeltaError, match="lower it"):
+    with Processes(train, 1) as processes, pytest.raises(FedeltaError, match="lower it"):
         list(processes.run([diverging]))
 
 
@@ -308,7 +308,8 @@ def test_results_take_the_mean_and_the_worst_over_sites() -> None:
 def test_the_board_shows_each_way_and_ends_full() -> None:
     todo = jobs(1, 4)
     screen = StringIO()
-    with Board(todo, Console(file=screen, force_terminal=True, width=100)) as board:
+    console = Console(file=screen, force_terminal=True, width=100)
+    with Board(todo, console, names=[way.name for way in WAYS], metric=METRIC) as board:
         for job in todo:
             board.show(job, Report(round=job.rounds, metrics={"test_accuracy": 0.625}))
             board.finish(job)

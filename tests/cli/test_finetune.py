@@ -39,10 +39,15 @@ from fedelta import (
 from fedelta.cli.main import main
 from fedelta.core.digest import digest
 from fedelta.core.examples import Examples
+from fedelta.learning.bottleneck import Bottleneck
+from fedelta.learning.closed_form import LDA, Ridge
+from fedelta.learning.lora import IA3
 from fedelta.learning.optimizers import Cosine
 from fedelta.learning.pretrained import tokenizer
+from fedelta.learning.prompts import Prefix, Prompt
+from fedelta.learning.saving import load
 from fedelta.learning.text import encode
-from fedelta.learning.tuning import Full, Head, Tuning
+from fedelta.learning.tuning import BitFit, Full, Head, HeadAndNorms, LastLayers, Tuning
 
 CLASSES = ("no", "yes")
 FILLING = ["the", "film", "plot", "was", "very", "dull", "story", "end"]
@@ -129,7 +134,7 @@ def examples(rows: pandas.DataFrame, model: Path) -> Examples:
 def federation(model: Path, tuning: Tuning, lr: float, **settings: Any) -> Federation[Any]:
     task = Task(model=Pretrained(source=str(model), labels=CLASSES, tuning=tuning), objective=Classification(classes=2))
     training = Training(optimizer=AdamW(lr=lr), batch=16, epochs=1, clip=1.0)
-    return Federation(algorithm=FedAvg(task=task, training=training), **{"rounds": 1, **settings})
+    return Federation(algorithm=FedAvg(task=task, training=training), **{"rounds": 1, "start": Ridge(), **settings})
 
 
 def logits(model: Any, inputs: Any) -> torch.Tensor:
@@ -159,6 +164,8 @@ def loaded(folder: Path, base: Path, lora: bool) -> Any:
         ("bert", "head", Head(), 1e-3),
         ("bert", "lora", LoRA(rank=8), 5e-4),
         ("gpt2", "lora", LoRA(rank=8), 5e-4),
+        ("bert", "ia3", IA3(), 1e-2),
+        ("gpt2", "bitfit", BitFit(), 2e-3),
     ],
 )
 def test_the_saved_model_is_that_of_the_python_api(
@@ -173,18 +180,37 @@ def test_the_saved_model_is_that_of_the_python_api(
     train, test = examples(TRAIN, base), examples(TEST, base)
     parts = Dirichlet(alpha=0.5)(train.targets.numpy(), 3, 0)
     sites = {f"site-{i}": train[torch.from_numpy(rows)] for i, rows in enumerate(parts)}
-    ((state, _),) = run(program, Local(program, sites.__getitem__, list(sites), threads=1))
+    *_, (state, _) = run(program, Local(program, sites.__getitem__, list(sites), threads=1))
     expected = logits(program.model(state), test.inputs)
 
     words = AutoTokenizer.from_pretrained(folder / "out" / "model")
     words.pad_token = words.pad_token or words.eos_token
     inputs = words(TEST["text"].tolist(), padding=True, return_tensors="pt", return_token_type_ids=False)
-    found = logits(loaded(folder / "out" / "model", base, tune == "lora"), inputs)
+    found = logits(loaded(folder / "out" / "model", base, tune in ("lora", "ia3")), inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     correct = int((found.argmax(1) == test.targets).sum())
     assert not (folder / "out" / "model" / "README.md").exists()  # peft's template says nothing about the model
     assert f"Accuracy: {correct}/40 ({2.5 * correct:.2f}%)" in printed
     assert experiment(finetune) == digest(program)
+
+
+OTHERS: list[tuple[list[object], Tuning, float]] = [
+    (["--tune", "last", "--layers", 2], LastLayers(count=2), 2e-4),
+    (["--tune", "norms"], HeadAndNorms(), 1e-3),
+    (["--tune", "adapter", "--width", 4], Bottleneck(width=4), 1e-3),
+    (["--tune", "prompt", "--virtual-tokens", 3], Prompt(tokens=3), 3e-2),
+    (["--tune", "prefix", "--virtual-tokens", 2, "--lr", 0.1], Prefix(tokens=2), 0.1),
+    (["--rank", 4, "--rslora"], LoRA(rank=4, rslora=True), 5e-4),
+]
+
+
+@pytest.mark.parametrize(("options", "tuning", "lr"), OTHERS, ids=lambda value: type(value).__name__)
+def test_every_other_tuning(finetune: Command, options: list[object], tuning: Tuning, lr: float) -> None:
+    """The same experiment as in Python, and a model that loads."""
+    finetune("--max-length", 12, *options)
+    assert experiment(finetune) == digest(federation(finetune.model, tuning, lr))
+    model = load(finetune.folder / "out" / "model")
+    assert logits(model, examples(TEST, finetune.model).inputs).shape == (40, 2)
 
 
 SERVERS = [
@@ -201,6 +227,24 @@ def test_server_optimisers(finetune: Command, options: list[object], server: Any
     program = federation(finetune.model, Head(), 1e-3)
     program = replace(program, algorithm=FedOpt(client=program.algorithm, server=server))
     assert experiment(finetune) == digest(program)
+
+
+@pytest.mark.parametrize(("name", "start"), [("ridge", Ridge()), ("lda", LDA()), ("drawn", None)])
+def test_where_the_head_starts(finetune: Command, name: str, start: Any) -> None:
+    finetune("--tune", "head", "--start", name, "--features", finetune.folder / "kept")
+    assert experiment(finetune) == digest(federation(finetune.model, Head(), 1e-3, start=start))
+    rounds = (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in rounds] == ([1] if start is None else [0, 1])
+    assert len(list((finetune.folder / "kept").iterdir())) == 3  # of two sites and the test rows
+
+
+def test_a_head_that_is_pre_trained_stays_as_it_is(finetune: Command, bert_tokenizer: Any) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(finetune.model, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(finetune.model)
+    finetune("--tune", "head")
+    assert experiment(finetune) == digest(federation(finetune.model, Head(), 1e-3, start=None))
 
 
 @pytest.mark.parametrize(("options", "mu"), [([], 0.01), (["--mu", 0.3], 0.3)])
@@ -223,13 +267,13 @@ def test_every_other_option(finetune: Command) -> None:
     program = replace(program, algorithm=FedAvg(task=client.task, training=training))
     assert experiment(finetune) == digest(program)
     assert json.loads((finetune.folder / "out" / "manifest.json").read_text())["plan"]["bf16"] is True
-    (report,) = (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines()
-    assert len(json.loads(report)["cohort"]) == 2
+    zeroth, first = map(json.loads, (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines())
+    assert (len(zeroth["cohort"]), len(first["cohort"])) == (3, 2)  # round zero is of all sites
 
 
 def test_natural_sites_take_part_under_their_names(finetune: Command) -> None:
     printed = finetune(sites=None, split_by="critic", tune="head", test_fraction=0)
-    (report,) = (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines()
+    *_, report = (finetune.folder / "out" / "rounds.jsonl").read_text().splitlines()
     assert json.loads(report)["cohort"] == ["10", "2", "a/b [red]"]
     assert "a/b [red]" in printed
     assert "Test set" not in printed
@@ -300,14 +344,20 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"sites": None}, "Error: Say how the rows are split: --split-by COLUMN .* or --sites N"),
     ({"sites": None, "alpha": 1}, "Error: Say how the rows are split"),
     ({"sites": None, "split_by": "critic", "alpha": 1}, "Error: --alpha is for simulated sites"),
-    ({"tune": "head", "rank": 8}, "Error: --rank has no effect with --tune head"),
+    ({"tune": "head", "rank": 8}, "Error: --rank has no effect with --tune head; it is for --tune lora."),
+    ({"width": 8}, "Error: --width has no effect with --tune lora; it is for --tune adapter."),
+    ({"tune": "last", "virtual_tokens": 8}, "Error: --virtual-tokens has no effect .* for --tune prompt and prefix."),
+    ({"tune": "prefix", "layers": 1}, "Error: --layers has no effect with --tune prefix; it is for --tune last."),
+    ({"tune": "last", "layers": 9}, "asks for more blocks than the 2 that BertForSequenceClassification has"),
+    ({"tune": "prompt"}, "--virtual-tokens 20 leave no room in {}/bert; give fewer than 16"),
+    ({"tune": "prompt", "virtual_tokens": 3, "max_length": 14}, "besides 3 virtual tokens; give at most 13"),
     ({"algorithm": "fedavgm", "mu": 0}, "Error: --mu has no effect with --algorithm fedavgm"),
     ({"algorithm": "fedprox", "server_lr": 1}, "Error: --server-lr has no effect with --algorithm fedprox"),
     ({"test": "{}/test.csv", "test_fraction": 0.2}, "Error: --test names the test rows"),
     ({"test_fraction": "nan"}, "Error: --test-fraction is not a number"),
     ({"test_fraction": 1}, "Error: .*1.0 is not in the range 0<=x<1"),
-    ({"tune": "all"}, "Error: .*'all' is not one of 'full', 'head', 'lora'"),
-    ({"label": None}, "Error: Missing option '--label'"),
+    ({"tune": "all"}, "Error: .*'all' is not one of 'full', 'head', 'last', 'norms'"),
+    ({"label": None}, "fedelta: the config.json of {}/bert does not say what it learns of texts without labels"),
     ({"rounts": 1}, "Error: No such option '--rounts'. .*Did you mean .*'--rounds'"),
     ({"out": "{}/train.csv"}, "Error: .*'{}/train.csv' is a file"),
 ]

@@ -12,7 +12,7 @@ import pytest
 
 from fedelta.cli.main import cli, main
 
-COMMANDS = ["demo", "finetune", "run"]
+COMMANDS = ["demo", "finetune", "plan", "run"]
 HEAVY = {"torch", "numpy", "transformers", "peft", "datasets", "pandas", "matplotlib", "sklearn", "jinja2"}
 
 

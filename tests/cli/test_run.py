@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from fedelta.cli.main import main
-from fedelta.cli.simulate import frozen_digest
 
 EXPERIMENT = '''
 """Six sites of three classes; BatchNorm and dropout."""
@@ -223,22 +221,6 @@ def test_what_is_frozen_is_part_of_what_a_run_is(fedelta: Fedelta, experiment: P
     torch.save({"weight": torch.ones(16, 6), "bias": torch.ones(16)}, body)
     assert "model = " in fedelta("run", experiment, "--out", out, "--rounds", 3, "--workers", 0, "--resume", status=2)
     assert _lines(out) == 2
-
-
-def test_only_what_is_frozen_is_digested() -> None:
-    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    assert frozen_digest(module) is None
-    module[0].requires_grad_(False)
-    before = frozen_digest(module)
-    with torch.no_grad():
-        module[2].weight.add_(1)
-        module[1].running_mean.add_(1)
-    assert frozen_digest(module) == before
-    module[0].half()
-    halved = frozen_digest(module)
-    with torch.no_grad():
-        module[0].bias.add_(1)
-    assert len({before, halved, frozen_digest(module)}) == 3
 
 
 def test_a_plan_is_chosen_kept_on_resume_and_taken_from_another_run(

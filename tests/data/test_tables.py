@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedelta.core.errors import BadInput
 from fedelta.data.names import name_of
 from fedelta.data.partition import by_column
-from fedelta.data.tables import read_table, text_and_labels
+from fedelta.data.tables import class_table, labels_in, read_table, text_and_labels, words_and_tags
 
 TEXTS = [
     'He said "no", twice',
@@ -256,3 +256,75 @@ def test_mistakes_in_a_table() -> None:
     with pytest.raises(BadInput, match=r"50 in all") as caught:
         text_and_labels(wide, "text", "label")
     assert len(str(caught.value)) < 800
+
+
+WORDS = [["the", "old", "film"], ["it", "ended"]]
+TAGS = [["o", "x", "o"], ["y", "o"]]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "folder"])
+def test_words_and_their_tags(tmp_path: Path, name: str) -> None:
+    table = pandas.DataFrame({"words": WORDS, "tags": TAGS})
+    if name == "folder":
+        datasets.Dataset.from_pandas(table).save_to_disk(str(tmp_path / name))
+    else:
+        writer = (
+            table.to_parquet if name == "t.parquet" else lambda path: table.to_json(path, orient="records", lines=True)
+        )
+        writer(tmp_path / name)
+    found = words_and_tags(read_table(tmp_path / name), "words", "tags")
+    assert found == (WORDS, [[0, 1, 0], [2, 0]], ("o", "x", "y"))
+    assert words_and_tags(table, "words", "tags", ["y", "o", "x", "z"])[1:] == (
+        [[1, 2, 1], [0, 1]],
+        ("y", "o", "x", "z"),
+    )
+
+
+def test_tags_that_are_class_ids_keep_their_names_and_order(tmp_path: Path) -> None:
+    tag = datasets.ClassLabel(names=["y", "x", "o", "unused"])
+    features = datasets.Features({"words": [datasets.Value("string")], "tags": datasets.Sequence(tag)})
+    ids = [[tag.str2int(name) for name in own] for own in TAGS]
+    datasets.Dataset.from_dict({"words": WORDS, "tags": ids}, features).save_to_disk(str(tmp_path / "saved"))
+    found = words_and_tags(read_table(tmp_path / "saved"), "words", "tags")
+    assert found == (WORDS, ids, ("y", "x", "o", "unused"))
+
+
+MISTAKES: list[tuple[dict[str, list[object]], str]] = [
+    (
+        {"words": ["the old film", "it ended"]},
+        "column 'words' has 'the old film' in row 0 .*, not a list .*; give json",
+    ),
+    ({"words": [["a", "b", "c"], []]}, r"column 'words' has \[\] in row 1"),
+    ({"words": [["a", "b", "c"], None]}, "column 'words' has None in row 1"),
+    ({"words": [["a", "b", "c"], ["d", 2]]}, r"column 'words' has \['d', 2\] in row 1 .*, not a list of words"),
+    ({"tags": [["o", "x", "o"], ["y"]]}, r"row 1 \(counted from 0\) has 2 words and 1 tags; give one tag"),
+    ({"tags": [["o", "x", "o"], ["y", None]]}, "column 'tags' has no value in 1 of 2 rows, the first in row 1"),
+    ({"tags": [["o", "o", "o"], ["o", "o"]]}, "column 'tags' has the single class 'o'"),
+    ({"tag": TAGS}, "did you mean 'tag'"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), MISTAKES)
+def test_mistakes_in_words_and_tags(columns: dict[str, list[object]], message: str) -> None:
+    usual = {"words": WORDS, "tags": TAGS} if "tag" not in columns else {"words": WORDS}
+    with pytest.raises(BadInput, match=message):
+        words_and_tags(pandas.DataFrame({**usual, **columns}), "words", "tags")
+
+
+def test_a_tag_that_is_none_of_the_classes_is_refused() -> None:
+    table = pandas.DataFrame({"words": WORDS, "tags": TAGS})
+    with pytest.raises(BadInput, match=r"label 'y' in row 1 \(counted from 0\) is none of the classes 'o', 'x'"):
+        words_and_tags(table, "words", "tags", ["o", "x"])
+
+
+def test_a_folder_of_classes_is_a_table_of_files(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/deep/3.png", "a/1.png", "README", "a/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    table = class_table(tmp_path, "image")
+    assert table["file"].tolist() == ["a/1.png", "b/2.png", "b/deep/3.png"]
+    assert table["class"].tolist() == ["a", "b", "b"]
+    indices, classes = labels_in(table[1:], "class")  # a class without rows is a class all the same
+    assert (indices.tolist(), classes) == ([1, 1], ("a", "b"))
+    with pytest.raises(BadInput, match="has 0 sub-folders"):
+        class_table(tmp_path / "a", "image")

@@ -1,36 +1,25 @@
 import json
 import logging
+import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedelta.core.errors import BadInput
 from fedelta.core.parameters import trainable
-from fedelta.learning.pretrained import Pretrained, TextClassification, save, tokenizer
+from fedelta.learning.kinds import ImageClassification
+from fedelta.learning.lora import LoRA
+from fedelta.learning.pretrained import Pretrained, tokenizer
+from fedelta.learning.saving import save
 from fedelta.learning.text import encode
-from fedelta.learning.tuning import Full, Head, LoRA, train_mode
+from fedelta.learning.tuning import Full, Head, train_mode
 
 LABELS = ("bad", "good", "unclear")
 TEXTS = ["the film was good", "bad", "a very dull story is not a good story", "the end"]
 TUNINGS = [Full(), Head(), LoRA(rank=2)]
-
-
-@dataclass(frozen=True)
-class ImageClassification:
-    """Another kind of model is this much."""
-
-    def auto_class(self):
-        from transformers import AutoModelForImageClassification
-
-        return AutoModelForImageClassification
-
-    def settings(self, labels):
-        return TextClassification().settings(labels)
-
-    def reads_text(self):
-        return False
 
 
 def batch_for(source):
@@ -89,19 +78,6 @@ def test_plain_transformers_and_peft_load_what_was_saved(request, tmp_path, sour
     again = encode(TEXTS, [0, 1, 2, 0], tokenizer(str(out)), 16).inputs
     assert all(torch.equal(again[name], batch[name]) for name in batch)
     assert not list(tmp_path.glob(".out*"))
-
-
-@pytest.mark.parametrize("source", ["bert", "gpt2"])
-def test_merged_lora_is_a_plain_model(request, tmp_path, source):
-    folder = request.getfixturevalue(source)
-    batch = batch_for(folder)
-    model = moved(Pretrained(source=str(folder), labels=LABELS, tuning=LoRA(rank=2))(), batch)
-    before = logits(model, batch)
-    save(model, tmp_path / "out", tokenizer(str(folder)), merged=True)
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
-    torch.testing.assert_close(logits(plain(tmp_path / "out"), batch), before)
-    torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=0)
-    assert any("lora_" in name for name in trainable(model))
 
 
 def test_an_adapter_names_its_base_model(bert, tmp_path):
@@ -227,7 +203,7 @@ def test_sources_that_are_no_model(bert, vit, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     refuses(tmp_path / "empty", "has no config.json")
     save(Pretrained(source=str(bert), labels=LABELS, tuning=LoRA())(), tmp_path / "adapter")
-    refuses(tmp_path / "adapter", "holds LoRA factors")
+    refuses(tmp_path / "adapter", "holds an adapter, not a model")
     (bert / "model.safetensors").write_bytes(b"not safetensors")
     refuses(bert, "no model for TextClassification could be loaded")
     with pytest.raises(BadInput, match="no tokenizer could be loaded"):
@@ -247,54 +223,21 @@ def test_weights_of_other_shapes_are_refused(bert):
         Pretrained(source=str(bert), labels=LABELS)()
 
 
-def test_a_folder_is_replaced_only_if_it_is_ours(bert, tmp_path):
-    model = Pretrained(source=str(bert), labels=LABELS, tuning=LoRA())()
-    with pytest.raises(BadInput, match="not saved by fedelta"):
-        save(model, bert)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="is a file"):
-        save(model, tmp_path / "file")
-    (tmp_path / "out").mkdir()
-    save(model, tmp_path / "out")
-    save(model, tmp_path / "out", merged=True)  # what the first one left is gone
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
-    plain(tmp_path / "out")
-
-
-def test_an_adapter_never_replaces_its_base_model(bert, tmp_path):
-    save(Pretrained(source=str(bert), labels=LABELS)(), tmp_path / "base")
-    model = Pretrained(source=str(tmp_path / "base"), labels=LABELS, tuning=LoRA())()
-    with pytest.raises(BadInput, match="holds the model that these LoRA factors belong to"):
-        save(model, tmp_path / "base")
-
-
-def test_what_a_kill_left_behind_is_no_obstacle(bert, tmp_path):
-    model = Pretrained(source=str(bert), labels=LABELS)()
-    for left in (".out.part", ".out.old"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "config.json").write_text("half")
-    save(model, tmp_path / "out")
-    assert not list(tmp_path.glob(".out*"))
-    plain(tmp_path / "out")
-
-
-def test_a_failed_save_leaves_the_old_folder(bert, tmp_path):
-    model = Pretrained(source=str(bert), labels=LABELS)()
-    save(model, tmp_path / "out")
-    with pytest.raises(AttributeError):
-        save(model, tmp_path / "out", tokenizer=object())
-    plain(tmp_path / "out")
-
-
-def test_only_hugging_face_models_are_saved(tmp_path):
-    for module in (
-        torch.nn.Linear(2, 2),
-        LoRA().apply(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))),
-    ):
-        with pytest.raises(BadInput, match="only a Hugging Face model"):
-            save(module, tmp_path / "out")
-
-
 def test_a_pretrained_is_a_value(bert):
     pretrained = Pretrained(source=str(bert), labels=LABELS, tuning=LoRA())
     assert pretrained == replace(pretrained) != replace(pretrained, tuning=LoRA(rank=4))
+
+
+def test_weights_with_another_digest_are_refused(bert):
+    """Every party builds the model of the same program, so each refuses weights that the others do not have."""
+    labels = ("bad", "good")
+    with pytest.raises(BadInput, match="this run is of a model with the digest 00") as refused:
+        Pretrained(source=str(bert), labels=labels, digest="00")()
+    right = re.search(r"have the digest ([0-9a-f]{64})", str(refused.value)).group(1)
+    for tuning in (Full(), Head(), LoRA(rank=2)):  # the new head does not count, nor does what a tuning adds
+        assert Pretrained(source=str(bert), labels=labels, digest=right, tuning=tuning)() is not None
+    weights = load_file(bert / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][3, 3] += 1e-3
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="get that model, or leave `digest` out"):
+        Pretrained(source=str(bert), labels=labels, digest=right)()

@@ -13,7 +13,7 @@ from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
 from fedelta.core.seeds import derive, permutations, seeded
 from fedelta.learning.flat import FlatModel
-from fedelta.learning.objectives import Classification, Regression
+from fedelta.learning.objectives import IGNORED, Classification, LanguageModel, Regression
 from fedelta.learning.optimizers import SGD, AdamW, Cosine, Exponential, Optimizer
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import Training, evaluate, train
@@ -182,6 +182,45 @@ def test_evaluation_equals_one_pass_over_all_rows() -> None:
     assert sums["loss"] == pytest.approx(
         float(nn.functional.cross_entropy(logits, data.targets, reduction="sum")), 1e-5
     )
+
+
+class NextWord(nn.Module):
+    """The next of 7 tokens from this one; notes how many rows it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 7)
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        out: Tensor = self.table(x)
+        return out
+
+
+def test_evaluation_of_tokens_takes_fewer_rows_at_a_time() -> None:
+    ids = torch.randint(0, 7, (9, 1000), generator=torch.Generator().manual_seed(0))
+    module = NextWord()
+    sums = evaluate(FlatModel(module), Examples.of((ids, ids)), LanguageModel())
+    assert module.rows == [4, 4, 1]
+    losses = nn.functional.cross_entropy(module(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert sums == pytest.approx({"examples": 9 * 999, "loss": float(losses.detach())}, rel=1e-5)
+
+
+def test_nothing_is_learned_from_a_batch_in_which_no_token_counts() -> None:
+    ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(0))
+    half = Examples.of((ids, torch.where(torch.arange(4)[:, None] < 2, ids, IGNORED)))
+    training = Training(optimizer=SGD(lr=0.1), batch=1)
+    ends, sums = [], []
+    for rows in (half, half[:2]):
+        torch.manual_seed(0)
+        model = FlatModel(NextWord())
+        sums.append(train(model, rows, LanguageModel(), training, round=1, seed=0))
+        ends.append(model.read().vector)
+    assert sums[0]["steps"] == 4
+    assert sums[0]["examples"] == sums[1]["examples"] == 2 * 4
+    assert torch.isfinite(ends[0]).all()
+    torch.testing.assert_close(ends[0], ends[1], rtol=0.02, atol=1e-3)  # the two rows, perhaps in the other order
 
 
 def test_a_loss_that_is_no_number_is_a_failure_of_the_site() -> None:

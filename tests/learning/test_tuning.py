@@ -1,40 +1,13 @@
 import pytest
 import torch
+from tests.learning.small_models import Convolutional, step, trained
 from torch import nn
 
 from fedelta.core.errors import BadInput
-from fedelta.core.parameters import Parameters
-from fedelta.learning.tuning import Full, Head, LoRA, head_of, train_mode
-
-
-class Convolutional(nn.Module):
-    """Names on purpose: "conv4" ends with the "4" of a Sequential, and "0" is inside as well as outside."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm2d(4, affine=False)
-        )
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.body(x).mean(dim=(2, 3)))
-
-
-def trained(module):
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def step(module, *inputs, **named):
-    """One large step of plain SGD in training mode."""
-    train_mode(module)
-    outputs = module(*inputs, **named)
-    logits = getattr(outputs, "logits", outputs)
-    nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1]).backward()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                parameter -= parameter.grad
+from fedelta.core.parameters import Parameters, travelling_buffers
+from fedelta.learning.lora import LoRA
+from fedelta.learning.structure import head_of
+from fedelta.learning.tuning import BitFit, Full, Head, HeadAndNorms, LastLayers, train_mode
 
 
 @pytest.fixture
@@ -91,132 +64,11 @@ def test_fresh_parts_are_trained_too(classifier):
         (lambda: Head(names=("heads",)).apply(Convolutional()), "no part 'heads'; it has body, body.0, body.1, head"),
         (lambda: Head(names=("body.3",)).apply(Convolutional()), "leaves nothing of Convolutional to train"),
         (lambda: Head().apply(nn.Sequential(nn.ReLU())), "has no head"),
-        (lambda: LoRA(rank=0), "rank must be >= 1, got 0"),
-        (lambda: LoRA(alpha=float("nan")), "alpha must be > 0 and finite, got nan"),
-        (lambda: LoRA(alpha=float("inf")), "alpha must be > 0 and finite, got inf"),
-        (lambda: LoRA(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
-        (lambda: LoRA(targets=("conv",)).apply(Convolutional()), "target 'conv' is no layer .* it has 0$"),
-        (lambda: LoRA(targets=("1",)).apply(Convolutional()), "target '1' is no layer"),
-        (lambda: LoRA(targets=("head",)).apply(Convolutional()), "target 'head' is no layer"),
-        (lambda: LoRA().apply(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))), "no layer outside its head"),
     ],
 )
 def test_refusals(make, message):
     with pytest.raises(BadInput, match=message):
         make()
-
-
-def test_lora_target_that_the_model_lacks(classifier):
-    with pytest.raises(BadInput, match=r"'q_proj' is no layer .* dense, key, .*query, .*value"):
-        LoRA(targets=("q_proj",)).apply(classifier)
-
-
-def test_what_travels_for_lora_is_the_factors_and_the_head(classifier):
-    tuned = LoRA(rank=4).apply(classifier)
-    parameters = Parameters.of(tuned)
-    head = {name for name in parameters if ".classifier.modules_to_save.default." in name}
-    factors = {name for name in parameters if ".lora_A." in name or ".lora_B." in name}
-    assert head | factors == set(parameters)
-    assert len(head) == 2
-    places = {name.partition(".lora_")[0] for name in factors}
-    assert places == {
-        f"base_model.model.bert.encoder.layer.{layer}.attention.self.{end}"
-        for layer in (0, 1)
-        for end in ("query", "value")
-    }
-    assert parameters.layout.size == 2 * 2 * 2 * (4 * 16) + 3 * 16 + 3
-
-
-def test_lora_without_the_head(classifier):
-    assert all(".lora_" in name for name in trained(LoRA(head=False).apply(classifier)))
-
-
-def test_lora_starts_at_the_model_and_leaves_it_untouched(bert_tokenizer, classifier):
-    frozen = {name: parameter.clone() for name, parameter in classifier.state_dict().items()}
-    batch = bert_tokenizer(["a good film", "the end is bad", "dull"], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        before = classifier.eval()(**batch).logits
-    tuned = LoRA(alpha=64.0).apply(classifier)
-    with torch.no_grad():
-        torch.testing.assert_close(tuned.eval()(**batch).logits, before, rtol=0, atol=0)
-    for _ in range(2):  # after the first step only B is not zero
-        step(tuned, **batch)
-    with tuned.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(tuned.eval()(**batch).logits, before, rtol=0, atol=0)
-    with torch.no_grad():
-        assert not torch.allclose(tuned.eval()(**batch).logits, before, atol=1e-3)
-    for name, tensor in tuned.unload().state_dict().items():
-        if not name.startswith("classifier."):
-            assert torch.equal(tensor, frozen[name]), name
-
-
-def test_lora_on_a_vision_transformer_takes_every_linear_layer_of_the_body(vit):
-    from transformers import AutoModelForImageClassification
-
-    model = AutoModelForImageClassification.from_pretrained(vit)
-    linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name != "classifier"}
-    tuned = LoRA().apply(model)
-    places = {
-        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained(tuned) if "lora_" in name
-    }
-    assert places == linear
-    assert len(linear) >= 12
-    step(tuned, torch.randn(3, 1, 8, 8))
-
-
-def test_lora_on_gpt2(gpt2):
-    from transformers import AutoModelForSequenceClassification
-
-    tuned = LoRA().apply(AutoModelForSequenceClassification.from_pretrained(gpt2))
-    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in trained(tuned)} == {"c_attn", ""}
-    assert any("score.modules_to_save" in name for name in trained(tuned))
-
-
-def test_lora_on_a_module_of_convolutions():
-    torch.manual_seed(0)
-    tuned = LoRA(rank=2).apply(Convolutional())
-    assert {name.removeprefix("base_model.model.") for name in trained(tuned)} == {
-        "body.0.lora_A.default.weight",
-        "body.0.lora_B.default.weight",
-        "head.weight",
-        "head.bias",
-    }
-    step(tuned, torch.randn(3, 1, 8, 8))
-
-
-def test_names_that_peft_would_confuse():
-    """For peft "0" is also "1.0", a normalisation, and "4" as a module to save is also "3.conv4"."""
-    inner = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
-    named = nn.Sequential()
-    named.add_module("conv4", nn.Linear(2, 2))
-    module = nn.Sequential(nn.Linear(2, 2), inner, nn.ReLU(), named, nn.Linear(2, 3))
-    tuned = LoRA().apply(module)
-    places = {
-        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained(tuned) if "lora_" in name
-    }
-    assert places == {"0", "1.1", "3.conv4"}
-    assert {name for name in trained(tuned) if "lora_" not in name} == {
-        "base_model.model.4.weight",
-        "base_model.model.4.bias",
-    }
-
-
-def test_lora_counts_in_evaluation_of_a_transformer_of_pytorch():
-    """Its fast path, taken in evaluation without gradients, reads the bare weights of the layers."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    module = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(24, 3))
-    tuned = LoRA(rank=2).apply(module)
-    assert {name.partition(".lora_")[0].rpartition(".")[2] for name in trained(tuned) if "lora_" in name} == {
-        "linear1",
-        "linear2",
-    }
-    x = torch.randn(4, 3, 8)
-    step(tuned, x)
-    train_mode(tuned)
-    with_gradients = tuned(x).detach()
-    with torch.no_grad():
-        torch.testing.assert_close(tuned.eval()(x), with_gradients)
 
 
 @pytest.mark.parametrize("tuning", [Head(), LoRA(rank=2)])
@@ -264,7 +116,84 @@ def test_dropout_of_the_head_stays_on(classifier):
     assert not any(part.training for part in tuned.bert.modules())
 
 
-def test_dropout_stays_on_under_lora(classifier):
-    tuned = LoRA().apply(classifier)
+def test_biases_of_every_kind():
+    """Also those of attention, which have names of their own; Convolutional's BatchNorm has one, and so statistics."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    assert trained(BitFit().apply(module)) == {
+        "0.self_attn.in_proj_bias",
+        "0.self_attn.out_proj.bias",
+        "0.linear1.bias",
+        "0.linear2.bias",
+        "0.norm1.bias",
+        "0.norm2.bias",
+        "1.weight",
+        "1.bias",
+    }
+    convolutional = BitFit().apply(Convolutional())
+    assert trained(convolutional) == {"body.0.bias", "body.1.bias", "head.weight", "head.bias"}
+    assert {name.partition("body.1.")[2] for name in travelling_buffers(convolutional)} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+
+
+def test_norms_are_trained_with_their_statistics():
+    torch.manual_seed(0)
+    module = HeadAndNorms().apply(Convolutional())
+    assert trained(module) == {"body.1.weight", "body.1.bias", "head.weight", "head.bias"}
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    step(module, torch.randn(8, 1, 8, 8))
+    changed = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == trained(module) | travelling_buffers(module).keys()
+    assert all(name.startswith("body.1.") for name in travelling_buffers(module))
+
+
+def test_norms_of_a_models_own_are_found_by_their_name():
+    class HomeNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    module = nn.Sequential(nn.Linear(4, 4), HomeNorm(), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.Linear(4, 2))
+    assert trained(HeadAndNorms().apply(module)) == {
+        "1.weight",
+        "2.weight",
+        "2.bias",
+        "3.weight",
+        "4.weight",
+        "4.bias",
+    }
+
+
+def test_before_the_last_layers_features_are_deterministic():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)]
+    module = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"norm": nn.LayerNorm(4)}), *layers, nn.Linear(4, 2))
+    tuned = LastLayers(count=2).apply(module)
+    assert trained(tuned) == {f"{place}.{name}" for place in ("3.0", "4.0", "5") for name in ("weight", "bias")}
     train_mode(tuned)
-    assert all(part.training for part in tuned.modules() if isinstance(part, nn.Dropout))
+    assert [part.training for part in layers] == [False, True, True]
+
+
+def test_last_layers_of_an_encoder_and_decoder_are_those_of_the_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    names = trained(LastLayers().apply(T5ForConditionalGeneration(config)))
+    assert {name.partition(".layer.")[0] for name in names} == {"decoder.block.1", "decoder.final_layer_norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LastLayers(count=0), r"count must be >= 1, got 0; use Head\(\)"),
+        (lambda: LastLayers(count=2).apply(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), "more blocks than the 1"),
+        (lambda: BitFit().apply(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))), "has no biases outside"),
+        (lambda: HeadAndNorms().apply(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), "no trainable normalisation"),
+    ],
+)
+def test_refusals_of_scattered_parts(make, message):
+    with pytest.raises(BadInput, match=message):
+        make()

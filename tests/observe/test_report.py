@@ -13,8 +13,17 @@ from fedelta.core.messages import Plain
 from fedelta.core.program import Report
 from fedelta.observe.intervals import interval
 from fedelta.observe.page import Page, Plot, Section, Table, render, write_page
-from fedelta.observe.report import comparison_page, comparison_table, interval_text, run_page
-from fedelta.observe.series import Method
+from fedelta.observe.report import (
+    comparison_page,
+    comparison_table,
+    difference_text,
+    drift_section,
+    gain_section,
+    gains_text,
+    interval_text,
+    run_page,
+)
+from fedelta.observe.series import Gain, Method
 
 NASTY = '<script src="https://example.org/x.js">alert("$x$ & y")</script>'
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -166,6 +175,39 @@ def test_rounds_have_a_mean_only_if_all_seeds_reached_the_target() -> None:
 def test_interval_text() -> None:
     assert interval_text("test_loss", interval([1.0, 2.0, 3.0])) == "2 ± 2.484"
     assert interval_text("test_accuracy", interval([0.5])) == "50.0%"
+
+
+def test_difference_text() -> None:
+    assert difference_text("test_accuracy", interval([0.1, 0.2, 0.3])) == "+20.0 ± 24.8 points"
+    assert difference_text("test_accuracy", interval([-0.0001])) == "0.0 points"
+    assert difference_text("test_accuracy", interval([-0.05])) == "-5.0 points"
+    assert difference_text("test_accuracy", interval([0.05]), sign="") == "5.0 points"
+    assert difference_text("test_loss", interval([-0.05])) == "-0.05000"
+
+
+def test_who_gains() -> None:
+    clear, vague, loss = [0.1, 0.11], [0.0, 0.3], [-0.1, -0.11]
+    every = [Gain(site=str(n), values=values) for n, values in enumerate([clear, vague, loss])]
+    assert gains_text(every) == "2 of 3 sites gain (1 clearly), 1 loses (1 clearly)"
+    assert gains_text(every[:1]) == "1 of 1 site gains (1 clearly), none lose"
+    single = [Gain(site="a", values=[0.1]), Gain(site="b", values=[0.0])]
+    assert gains_text(single) == "1 of 2 sites gains, none lose"
+    table = Table(header=["site"], rows=[["a"]], align="l")
+    section = gain_section(every, table, metric="test_accuracy", text=["of whom"])
+    assert section.plots[0].caption.startswith(gains_text(every))
+    assert gain_section([], table, metric="test_accuracy").plots == []
+
+
+def test_drift_is_shown_where_it_is_known() -> None:
+    def method(name: str, **metrics: float) -> Method:
+        run = [Report(round=round, metrics={"test_accuracy": 0.5, **metrics}) for round in (1, 2)]
+        return Method(name=name, scores=[0.5], runs=[run])
+
+    assert drift_section([*methods(), method("m")], "drift") is None
+    section = drift_section([method("m"), method("n", drift=1.25)], "drift")
+    assert section is not None
+    assert "Definition 3" in section.text[0]
+    assert len(section.plots) == 1
 
 
 def test_a_table_of_unequal_rows_is_refused() -> None:

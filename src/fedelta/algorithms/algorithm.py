@@ -86,12 +86,12 @@ def delta(task: Task, training: Training, incoming: Incoming, site: Site, *, pro
     """Train from the broadcast on the site's data: the difference, weighted by its number of examples."""
     data = site.data().train
     task.check(data)
-    model = task.flat(incoming.seed, incoming.plan)
+    model, rows = task.flat_on(data, incoming.seed, incoming.plan)
     start = Parameters(model.layout, incoming.tensors["parameters"])
     model.load(start)
     sums = train(
         model,
-        data,
+        rows,
         task.objective,
         training,
         incoming.plan,
@@ -112,12 +112,13 @@ def delta_many(
     Sites whose examples have another form than the others' are trained in a batch of their own. The values are valid
     until sites are trained at once again.
     """
-    model = task.cohort(incoming.seed, incoming.plan)
-    start = Parameters(model.layout, incoming.shared["parameters"])
+    layout = task.cohort(incoming.seed, incoming.plan).layout
+    start = Parameters(layout, incoming.shared["parameters"])
     groups, failed = _alike(task, sites)
     parts = []
     for group in groups:
-        examples = [site.data().train for _, site in group]
+        given = [site.data().train for _, site in group]
+        model, examples = task.cohort_on(given, incoming.seed, incoming.plan)
         sizes = [len(own) for own in examples]
         cohort = Cohort(
             rows=Examples.cat(examples), sizes=sizes, seeds=[incoming.local_seeds[index] for index, _ in group]
@@ -127,7 +128,7 @@ def delta_many(
         )
         updates = Updates(
             senders=[site.id for _, site in group],
-            layout=model.layout,
+            layout=layout,
             values=trained.deltas if len(groups) == 1 else trained.deltas.clone(),
             weights=torch.tensor(sizes, dtype=torch.float64),
             sums=trained.sums,
@@ -135,7 +136,7 @@ def delta_many(
         )
         failed |= {updates.senders[row]: reason for row, reason in trained.failed.items()}
         parts.append(updates.without(trained.failed))
-    return Updates.cat(parts, model.layout), failed
+    return Updates.cat(parts, layout), failed
 
 
 def _alike(task: Task, sites: Sequence[Site]) -> tuple[list[list[tuple[int, Site]]], dict[PartyId, str]]:

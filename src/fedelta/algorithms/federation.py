@@ -17,11 +17,12 @@ from torch import nn
 
 from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import ManyRule, Rule
+from fedelta.algorithms import round_zero
 from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.sampling import All, Fixed, Sampling
 from fedelta.algorithms.stopping import Best, Stop
-from fedelta.core import codec
+from fedelta.algorithms.tally import Tally, bodies
 from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
@@ -29,6 +30,7 @@ from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.seeds import derive, derive_each
 from fedelta.core.threads import intra_op_threads
+from fedelta.learning.closed_form import ClosedForm
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
@@ -43,6 +45,7 @@ class FederationState(Generic[S]):
 
     algorithm: S
     round: int = 0
+    started: bool = False  # round zero is over, if there is one
     bases: Mapping[PartyId, int] = field(default_factory=dict)
     best: Best = Best()
     stopped: str | None = None
@@ -53,6 +56,7 @@ class FederationState(Generic[S]):
 class Federation(Generic[S]):
     algorithm: Algorithm[S]
     rounds: int = field(metadata={"digest": False})
+    start: ClosedForm | None = None  # round zero: the head in closed form, from all sites
     sampling: Sampling = All()
     rule: Rule = Mean()
     stages: Sequence[Stage] = ()
@@ -88,6 +92,12 @@ class Federation(Generic[S]):
                 raise BadInput(f"the test set: {error}") from error
             if not len(self.test):
                 raise BadInput("the test set has no examples")
+        if self.start is not None:
+            round_zero.classes(self.algorithm.task)
+            if self.stages:
+                raise UnsoundCombination(
+                    f"{self.start} collects sums of features, which {self.stages} would not treat; leave `start` out"
+                )
         if not self.encoding.linear and self.collect.shows is Sight.SUM:
             raise UnsoundCombination(
                 f"{self.encoding} cannot be added up, but {self.collect} reveals only sums; use a linear encoding"
@@ -103,34 +113,32 @@ class Federation(Generic[S]):
         if (part == "test" and self.test is None) or (part == "validation" and not self.validate_at_sites):
             cure = "give test examples" if part == "test" else "set validate_at_sites"
             raise BadInput(f"{self.stop} waits for a metric that is never measured; {cure}")
-        start = Parameters.of(self.algorithm.task.build(self.seed))
-        return FederationState(algorithm=self.algorithm.init(start))
+        module = self.algorithm.task.build(self.seed)
+        if self.start is not None:
+            round_zero.check(self.start, self.algorithm.task, module)
+        return FederationState(algorithm=self.algorithm.init(Parameters.of(module)))
 
     def finished(self, state: FederationState[S]) -> str | None:
+        if self.start is not None and not state.started:
+            return None
         if state.stopped is not None and state.stop == repr(self.stop):
             return state.stopped
         done = "its one round is" if self.rounds == 1 else f"all {self.rounds} rounds are"
         return f"{done} done" if state.round >= self.rounds else None
 
     def step(self, state: FederationState[S], fleet: Fleet) -> tuple[FederationState[S], Report]:
-        started = time.perf_counter()
-        round = state.round + 1
+        began = time.perf_counter()
         parties = fleet.parties()
         if len(parties) < self.min_sites:
             raise TooFewSites(f"there are {len(parties)} sites, and min_sites={self.min_sites} must answer")
-        cohort = self.sampling(parties, round, self.seed)
-        tally = _Tally(cohort=cohort)
-        algorithm, metrics = state.algorithm, dict[str, float]()
-        if len(cohort) >= self.min_sites:  # Poisson sampling may draw fewer: a round in which nothing is learned
-            shared, own = self.algorithm.broadcast(algorithm, cohort)
-            requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
-            start = self.algorithm.parameters(algorithm)
-            with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
-                total = self.rule(self._arriving(fleet, requests, start, tally), len(cohort))
-                for stage in reversed(self.stages):
-                    total = stage.on_total(total)
-                algorithm = self.algorithm.step(algorithm, total)
-            metrics = self._named("train", total.sums)
+        zeroth = self.start is not None and not state.started
+        round = 0 if zeroth else state.round + 1
+        tally = Tally(cohort=parties if zeroth else self.sampling(parties, round, self.seed))
+        with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
+            if zeroth:
+                algorithm, metrics = self._start(state.algorithm, fleet, tally), dict[str, float]()
+            else:
+                algorithm, metrics = self._train(state, round, fleet, tally)
         trained, waited = time.perf_counter(), tally.waited
         parameters = self.algorithm.parameters(algorithm)
         due = round % self.evaluate_every == 0 or round >= self.rounds
@@ -140,14 +148,19 @@ class Federation(Generic[S]):
         best, stopped = self.stop.update(best, round, metrics) if self.stop else (best, None)
         if stopped and not due:  # the last round is always evaluated
             metrics |= self.evaluate(parameters) | self._validate(parameters, round, fleet, tally)
-        bases = {**state.bases, **dict.fromkeys(tally.answered, round)}
         after = FederationState(
-            algorithm=algorithm, round=round, bases=bases, best=best, stopped=stopped, stop=repr(self.stop)
+            algorithm=algorithm,
+            round=round,
+            started=True,
+            bases=state.bases if zeroth else {**state.bases, **dict.fromkeys(tally.answered, round)},
+            best=best,
+            stopped=stopped,
+            stop=repr(self.stop),
         )
         report = Report(
             round=round,
             metrics=metrics,
-            cohort=cohort,
+            cohort=tally.cohort,
             per_site=tally.per_site,
             absent=tally.absent,
             unmeasured=tally.unmeasured,
@@ -155,18 +168,43 @@ class Federation(Generic[S]):
             bytes_up=tally.bytes_up,
             seconds={
                 "sites": waited,
-                "aggregation": trained - started - waited,
+                "aggregation": trained - began - waited,
                 "evaluation": time.perf_counter() - trained,
             },
             stop=self.finished(after),
         )
         return after, report
 
+    def _train(self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally) -> tuple[S, dict[str, float]]:
+        """The algorithm's state after the cohort has trained, and the metrics of that training."""
+        cohort, algorithm = tally.cohort, state.algorithm
+        if len(cohort) < self.min_sites:  # Poisson sampling may draw fewer: a round in which nothing is learned
+            return algorithm, {}
+        shared, own = self.algorithm.broadcast(algorithm, cohort)
+        requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
+        start = self.algorithm.parameters(algorithm)
+        total = self.rule(self._arriving(fleet, requests, start, tally), len(cohort))
+        for stage in reversed(self.stages):
+            total = stage.on_total(total)
+        return self.algorithm.step(algorithm, total), self._named("train", total.sums)
+
+    def _start(self, state: S, fleet: Fleet, tally: Tally) -> S:
+        """The algorithm's state with the head that round zero gives."""
+        assert self.start is not None
+        task, parameters = self.algorithm.task, self.algorithm.parameters(state)
+        requests = Requests(to=tally.cohort, op="statistics", round=0, shared={"parameters": parameters.vector})
+        replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
+        module = self._working_copy().module
+        total = round_zero.total(replies, task, module, tally, self.min_sites)
+        return self.algorithm.init(round_zero.with_head(self.start, task, module, parameters, total))
+
     def handle(self, request: Request, site: Site) -> Reply:
         if request.op == "train":
             return self.collect.handle(request, site, lambda: self._update(request, site))
         if request.op == "evaluate":
             return self.collect.handle(request, site, lambda: self._evaluation(request, site))
+        if request.op == "statistics":
+            return self.collect.handle(request, site, lambda: self._statistics(request, site))
         raise BadInput(f"this program knows no {request.op!r} request")
 
     def evaluate(self, parameters: Parameters) -> dict[str, float]:
@@ -209,6 +247,11 @@ class Federation(Generic[S]):
     def _update(self, request: Request, site: Site) -> Tensors:
         return self._outgoing(self.algorithm.local(self._incoming(request), site), site)
 
+    def _statistics(self, request: Request, site: Site) -> Tensors:
+        parameters = request.shared["parameters"]
+        update = round_zero.statistics(self.algorithm.task, parameters, site, self.seed, self._plan)
+        return update.to_tensors()
+
     def _incoming(self, request: Request) -> Incoming:
         return Incoming(
             tensors={**request.shared, **request.body},
@@ -232,9 +275,9 @@ class Federation(Generic[S]):
         return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
 
     def _measure(self, parameters: Parameters, examples: Examples) -> dict[str, float]:
-        model = self._working_copy()
+        model, rows = self.algorithm.task.flat_on(examples, self.seed, self._plan)
         model.load(parameters)
-        return evaluate(model, examples, self.algorithm.task.objective, self._plan)
+        return evaluate(model, rows, self.algorithm.task.objective, self._plan)
 
     def _working_copy(self) -> FlatModel:
         return self.algorithm.task.flat(self.seed, self._plan)
@@ -242,11 +285,11 @@ class Federation(Generic[S]):
     def _named(self, part: str, sums: Mapping[str, float]) -> dict[str, float]:
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
 
-    def _arriving(self, fleet: Fleet, requests: Requests, start: Parameters, tally: "_Tally") -> Iterator[Update]:
+    def _arriving(self, fleet: Fleet, requests: Requests, start: Parameters, tally: Tally) -> Iterator[Update]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
         together = self._plan.cohort or 1
         for reply in tally.watch(self.collect.gather(fleet, requests, together), requests):
-            for senders, body in _bodies(reply, tally.absent):
+            for senders, body in bodies(reply, tally.absent):
                 try:
                     update = self.encoding.decode(body, start.layout)
                     self._check(update, start, len(senders))
@@ -276,7 +319,7 @@ class Federation(Generic[S]):
         if missing:
             raise BadTensors(f"it lacks the sums {', '.join(sorted(missing))}")
 
-    def _validate(self, parameters: Parameters, round: int, fleet: Fleet, tally: "_Tally") -> dict[str, float]:
+    def _validate(self, parameters: Parameters, round: int, fleet: Fleet, tally: Tally) -> dict[str, float]:
         """Metrics over all sites' held-back examples, and per site where the collect shows them."""
         if not self.validate_at_sites:
             return {}
@@ -307,65 +350,3 @@ class Federation(Generic[S]):
         if not all(map(math.isfinite, sums.values())):
             raise BadTensors("its evaluation gave a number that is not finite")
         return sums
-
-
-@dataclass(kw_only=True)
-class _Tally:
-    """What a round notes down while replies come in."""
-
-    cohort: Sequence[PartyId]
-    accepted: int = 0
-    answered: list[PartyId] = field(default_factory=list)
-    absent: dict[PartyId, str] = field(default_factory=dict)
-    unmeasured: dict[PartyId, str] = field(default_factory=dict)
-    per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    waited: float = 0.0  # seconds spent waiting for replies
-
-    def watch(self, replies: Iterator[Reply | Replies], requests: Requests) -> Iterator[Reply | Replies]:
-        """The same replies, with their bytes and the time they took added up."""
-        alike = len(requests) - len(requests.bodies)
-        self.bytes_down += alike * codec.size(requests.shared)
-        self.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
-        while True:
-            asked = time.perf_counter()
-            reply = next(replies, None)
-            self.waited += time.perf_counter() - asked
-            if reply is None:
-                return
-            if isinstance(reply, Replies):
-                self.bytes_up += sum(len(senders) * codec.size(body) for senders, body in _bodies(reply, {}))
-            elif reply.error is None:
-                self.bytes_up += codec.size(reply.body, reply.meta)
-            yield reply
-
-    def accept(self, senders: Sequence[PartyId], count: int) -> None:
-        self.accepted += count
-        self.answered.extend(senders)
-
-    def shortage(self, round: int, needed: int) -> str:
-        reasons = [f"{site}: {reason}" for site, reason in sorted(self.absent.items())]
-        shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-        return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"
-
-
-def _bodies(reply: Reply | Replies, absent: dict[PartyId, str]) -> Iterator[tuple[Sequence[PartyId], Tensors]]:
-    """The bodies of a reply, each with the sites that it is of; the others go to `absent` with the reason.
-
-    That of sites that were handled at once is their sum, or it holds a row for each.
-    """
-    if isinstance(reply, Reply):
-        if reply.error is None:
-            yield [reply.sender], reply.body
-        else:
-            absent[reply.sender] = reply.error
-        return
-    absent |= reply.errors
-    if not reply.senders:
-        return
-    if reply.body["weight"].ndim == 0:
-        yield reply.senders, reply.body
-    else:
-        for row, sender in enumerate(reply.senders):
-            yield [sender], {name: tensor[row] for name, tensor in reply.body.items()}

@@ -10,9 +10,9 @@ from fedelta.core.errors import BadInput
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The best value of a metric so far, and the round it was reached in (0: none yet)."""
+    """The best value of a metric so far (None: none yet), and the round it was reached in."""
 
-    value: float = 0.0
+    value: float | None = None
     round: int = 0
 
 
@@ -73,6 +73,6 @@ def _better(metric: str, best: Best, round: int, now: float, delta: float) -> Be
     sign = _sign(metric)
     if not math.isfinite(now):
         return best
-    if best.round == 0 or sign * now > sign * best.value + delta:
+    if best.value is None or sign * now > sign * best.value + delta:
         return Best(value=now, round=round)
     return best

@@ -6,14 +6,13 @@ import time
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fedelta.cli.demo_board import Board
-from fedelta.cli.demo_methods import Job, jobs
-from fedelta.cli.demo_processes import Done, Processes
+from fedelta.cli.board import Board, terminal_table
+from fedelta.cli.demo_methods import WAYS, Job, jobs, train
 from fedelta.cli.demo_results import METRIC, Results, page, setting, site_overview
+from fedelta.cli.processes import Done, Processes
 from fedelta.core.errors import BadInput
 from fedelta.core.program import Report
 from fedelta.observe.files import replace_file
@@ -68,14 +67,14 @@ def _train(todo: list[Job], seeds: int, rounds: int, workers: int, console: Cons
     reports: dict[Job, list[Report]] = {job: [] for job in todo}
     models: dict[Job, bytes] = {}
     shown = Results(seeds=seeds, rounds=rounds, reports=reports, models=models)
-    with Processes(min(workers, len(todo))) as processes:
+    with Processes(train, min(workers, len(todo))) as processes:
         console.print(setting(shown)[0], highlight=False)
         overview = site_overview()
         console.print(overview.table(), overview.summary())
-        with Board(todo, console) as board:
+        with Board(todo, console, names=[way.name for way in WAYS], metric=METRIC) as board:
             for job, event in processes.run(todo):
                 if isinstance(event, Done):
-                    models[job] = event.model
+                    models[job] = event.result
                     board.finish(job)
                 else:
                     reports[job].append(event)
@@ -86,16 +85,8 @@ def _train(todo: list[Job], seeds: int, rounds: int, workers: int, console: Cons
 def _table(results: Results) -> Table:
     """The comparison for the terminal: without what the report has besides."""
     whole = comparison_table(results.methods(), METRIC, results.target())
-    left_out = {"seeds", "received per site"}
-    kept = [place for place, heading in enumerate(whole.header) if heading not in left_out]
     caption = f"±: 95% interval by Student's t over {plural(results.seeds, 'seed')}; rounds: mean (least–most)."
-    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for place in kept:
-        heading = whole.header[place].partition(" (")[0]
-        table.add_column(heading, justify="right" if whole.align[place] == "r" else "left", no_wrap=True)
-    for row in whole.rows:
-        table.add_row(*(row[place] for place in kept))
-    return table
+    return terminal_table(whole, without={"seeds", "received per site"}, caption=caption)
 
 
 def _write(out: Path, results: Results, began: float, console: Console) -> None:

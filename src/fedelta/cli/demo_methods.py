@@ -33,11 +33,12 @@ from fedelta.core.program import Report, run
 from fedelta.core.seeds import derive
 from fedelta.data.partition import Dirichlet
 from fedelta.fleet.local import Local
+from fedelta.learning.lora import LoRA
 from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
-from fedelta.learning.tuning import Full, Head, LoRA, Tuning
+from fedelta.learning.tuning import Full, Head, Tuning
 
 CLASSES = 10
 SITES = 8
@@ -126,6 +127,10 @@ class Job:
     seed: int
     rounds: int
     site: str | None = None  # the one that trains, for Data.ALONE
+
+    @property
+    def name(self) -> str:
+        return self.way.name
 
     @property
     def start(self) -> "Job | None":

@@ -27,7 +27,8 @@ from fedelta.cli.demo_methods import (
 )
 from fedelta.core.messages import Plain
 from fedelta.data.overview import Overview, overview
-from fedelta.learning.tuning import Head, LoRA
+from fedelta.learning.lora import LoRA
+from fedelta.learning.tuning import Head
 from fedelta.observe.intervals import Interval, interval
 from fedelta.observe.manifest import environment
 from fedelta.observe.page import Page, Plot, Section, Table

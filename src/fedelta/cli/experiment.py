@@ -4,11 +4,14 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import click
+
+from fedelta.algorithms.federation import Federation
 from fedelta.core.errors import BadExperiment, FedeltaError
 from fedelta.core.examples import Examples
 from fedelta.core.program import SiteData
@@ -79,6 +82,26 @@ class Sites:
         return self._loaded[name]
 
 
+def opened(
+    path: Path, settings: Sequence[str], *, rounds: int | None, seed: int | None
+) -> tuple[Federation[Any], Sites]:
+    """The federation of an experiment file, with its test set, and its sites.
+
+    `settings` are NAME=VALUE; `rounds` and `seed` replace the experiment's own where they are given.
+    """
+    loaded = Experiment.load(path, dict(_pair(setting) for setting in settings))
+    program = loaded.build()
+    if not isinstance(program, Federation):
+        raise BadExperiment(f"program() of {path} must return a Federation, got {type(program).__name__}")
+    changes: dict[str, Any] = {"rounds": rounds, "seed": seed, "test": loaded.held_out()}
+    federation: Federation[Any] = replace(program, **{k: v for k, v in changes.items() if v is not None})
+
+    def site(name: str) -> object:
+        return guarded(path, f"site({name!r}) was called", lambda: loaded.site(name))
+
+    return federation, Sites(load=site, names=loaded.names())
+
+
 def guarded(path: Path, when: str, call: Callable[[], T]) -> T:
     """The call's result; an exception of the user's code becomes one sentence with its line."""
     try:
@@ -90,6 +113,13 @@ def guarded(path: Path, when: str, call: Callable[[], T]) -> T:
         line = getattr(error, "lineno", None) or (own[-1].lineno if own else None)
         where = f"{path}, line {line}" if line else str(path)
         raise BadExperiment(f"{where}: {type(error).__name__}: {error} (when {when})") from error
+
+
+def _pair(setting: str) -> tuple[str, str]:
+    name, separator, value = setting.partition("=")
+    if not separator or not name:
+        raise click.BadParameter(f"{setting!r} is not of the form NAME=VALUE", param_hint="--set")
+    return name, value
 
 
 def _set(module: ModuleType, path: Path, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`fedelta finetune`: federated fine-tuning of a Hugging Face model over a table, with no Python written.
+"""`fedelta finetune`: federated fine-tuning of a Hugging Face model over a table or folders, with no Python written.
 
 Here are the options and which of them go together; the work is in `finetune_job`, which loads PyTorch.
 """
@@ -10,28 +10,70 @@ from typing import Any
 import click
 
 from fedelta.cli.options import RunSettings, simulation_options
+from fedelta.data.files import CLASS, FILE
 
 _ADAPTIVE = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")  # the algorithms with a server optimiser
 _POSITIVE = click.FloatRange(0, min_open=True)
+_OF_TUNINGS = {  # an option -> the tunings that it is for
+    "rank": ("lora",),
+    "rslora": ("lora",),
+    "width": ("adapter",),
+    "virtual_tokens": ("prompt", "prefix"),
+    "layers": ("last",),
+}
+_INPUTS = ("text", "tokens", "image", "audio")
+_TEXTS, _WORDS, _LANGUAGE = "text classification", "token classification", "language models"
+_IMAGES, _SOUNDS = "image classification", "audio classification"
+_OF_TASKS = {  # an option -> the tasks that it is for
+    "task": (_LANGUAGE,),
+    "max_length": (_TEXTS, _WORDS, _LANGUAGE),
+    "max_seconds": (_SOUNDS,),
+    "alpha": (_TEXTS, _WORDS, _IMAGES, _SOUNDS),
+    "start": (_TEXTS, _IMAGES, _SOUNDS),
+    "features": (_TEXTS, _IMAGES, _SOUNDS),
+}
+_SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff")  # only the first can be read
+_OF_DATASETS = ("state.json", "dataset_dict.json")  # of these a folder that `datasets` saved has one
 
 
-@click.command(epilog="With LoRA, OUT/model holds the factors and the head; peft puts them on the model that M names.")
+@click.command(
+    epilog="With lora, ia3, prompt and prefix, OUT/model holds what was trained; peft puts it on the model that M "
+    "names. With adapter, fedelta.load does. With all others OUT/model is a whole model."
+)
 @click.option("--model", required=True, metavar="M", help="Hub name or local folder of a pre-trained model.")
 @click.option(
     "--data",
     required=True,
     metavar="D",
-    help="Table: a csv, tsv, parquet or json lines file, a folder that `datasets` saved, or a hub name.",
+    help="Table: a csv, tsv, parquet or json lines file, a folder that `datasets` saved, or a hub name. Or a folder "
+    "with a sub-folder of images, or of wav files, for each class; then no columns are named.",
 )
 @click.option("--columns", metavar="A,B,…", help="Names of the columns of a csv or tsv file that has no header line.")
-@click.option("--text", multiple=True, required=True, metavar="COLUMN", help="The text; given twice, both are joined.")
-@click.option("--label", required=True, metavar="COLUMN", help="The class.")
+@click.option("--text", multiple=True, metavar="COLUMN", help="The text; given twice, both are joined.")
+@click.option(
+    "--tokens", metavar="COLUMN", help="The words of a text, as a list; --label then has a list of their tags."
+)
+@click.option("--image", metavar="COLUMN", help="The image: a path from where the table is, or the bytes of a file.")
+@click.option("--audio", metavar="COLUMN", help="The recording, a wav file: a path or bytes, as with --image.")
+@click.option("--label", metavar="COLUMN", help="The class; a language model, from --text alone, has none.")
+@click.option(
+    "--task",
+    type=click.Choice(["causal", "masked"]),
+    show_default="what the model was pre-trained for",
+    help="Of a language model: predict the next token, or masked ones.",
+)
 @click.option("--split-by", metavar="COLUMN", help="Natural sites: the column that says to which site a row belongs.")
 @click.option("--sites", type=click.IntRange(1), metavar="N", help="Simulated sites: how many.")
 @click.option(
-    "--alpha", type=_POSITIVE, metavar="A", show_default="no skew", help="Label skew of --sites: Dirichlet(A)."
+    "--alpha",
+    type=_POSITIVE,
+    metavar="A",
+    show_default="no skew",
+    help="Label skew of --sites: Dirichlet(A), over --label; of words over the rarest tag of a row.",
 )
-@click.option("--test", metavar="D", help='Table with the test rows; where it is the --data, its split "test".')
+@click.option(
+    "--test", metavar="D", help='Table, or folder, with the test rows; where it is the --data, its split "test".'
+)
 @click.option(
     "--test-fraction",
     type=click.FloatRange(0, 1, max_open=True),
@@ -41,12 +83,33 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--tune",
-    type=click.Choice(["full", "head", "lora"]),
+    type=click.Choice(["full", "head", "last", "norms", "bitfit", "lora", "ia3", "adapter", "prompt", "prefix"]),
     default="lora",
     show_default=True,
-    help="What is trained and sent: all weights, the head, or LoRA factors and the head.",
+    help="What is trained and sent: all weights, or the head and besides it nothing, the last layers, normalisation "
+    "layers, biases, LoRA factors, IA3 vectors, bottleneck adapters, a prompt, or a prefix of every layer.",
 )
 @click.option("--rank", type=click.IntRange(1), metavar="R", show_default="8", help="Of the LoRA factors.")
+@click.option("--rslora", is_flag=True, help="Scale LoRA factors by 1 / sqrt(rank), not 1 / rank: for high ranks.")
+@click.option("--width", type=click.IntRange(1), metavar="N", show_default="64", help="Of the adapters' middle.")
+@click.option(
+    "--virtual-tokens", type=click.IntRange(1), metavar="N", show_default="20", help="Of the prompt or prefix."
+)
+@click.option("--layers", type=click.IntRange(1), metavar="K", show_default="1", help="Of the last ones, how many.")
+@click.option(
+    "--start",
+    type=click.Choice(["ridge", "lda", "drawn"]),
+    show_default="ridge for a head that is new",
+    help="Of the head: solved by ridge regression or LDA from sums over the sites' features (round zero), or drawn at "
+    "random where it is not pre-trained.",
+)
+@click.option(
+    "--features",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    show_default="OUT/features",
+    help="Where --tune head keeps the frozen features of the rows, which are computed once.",
+)
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -62,7 +125,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--lr",
     type=_POSITIVE,
     metavar="LR",
-    show_default="lora 5e-4, full 5e-5, head 1e-3",
+    show_default="full 5e-5, last 2e-4, lora 5e-4, bitfit 2e-3, ia3 and prefix 1e-2, prompt 3e-2, all others 1e-3",
     help="Of AdamW at the sites.",
 )
 @click.option(
@@ -78,8 +141,9 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     type=click.IntRange(1),
     metavar="N",
     show_default="128, or what the model reads",
-    help="Tokens kept of a text.",
+    help="Tokens kept of a text; a language model learns all of a text, in rows of as many.",
 )
+@click.option("--max-seconds", type=_POSITIVE, metavar="S", show_default="all", help="Kept of a recording.")
 @click.option(
     "--algorithm",
     type=click.Choice(["fedavg", "fedprox", *_ADAPTIVE]),
@@ -101,14 +165,19 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--bf16", is_flag=True, help="Forward passes in bfloat16, where the processor has it.")
 @simulation_options(seed="0", seeds="Of initialisation, sampling, shuffling, dropout and splits.", out="runs/finetune")
 def command(**options: Any) -> None:
-    """Fine-tune a pre-trained classifier of texts over a table that is split among sites.
+    """Fine-tune a pre-trained model over a table, or folders, split among sites.
 
-    The result, in OUT/model, loads with plain transformers (and peft, for LoRA).
+    The columns say what it learns: classes of texts, images or recordings, tags of words, or, from texts alone, a
+    language. The result, in OUT/model, loads with fedelta.load, and with plain transformers and peft.
 
     \b
     fedelta finetune --model M --data train.csv --text text --label label \\
         --sites 8 --alpha 0.5
+    fedelta finetune --model M --data speeches.jsonl --text speech --split-by role
+    fedelta finetune --model M --data photos --sites 4
     """
+    options |= _class_folders(options)
+    _check_task(options)
     _check(options)
     from fedelta.cli.finetune_job import FineTuning
 
@@ -116,9 +185,56 @@ def command(**options: Any) -> None:
     FineTuning(**{name: value for name, value in options.items() if value is not None}).run(settings)
 
 
+def _class_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the table that is made of a folder of classes; nothing where columns are named, or for a table."""
+    folder = Path(options["data"]).expanduser()
+    if not folder.is_dir() or any((folder / name).exists() for name in _OF_DATASETS):
+        return {}
+    if options["image"] or options["audio"]:
+        raise click.UsageError(
+            f"{options['data']} is a folder of files and no table; leave out the names of columns, and its sub-folders "
+            "are the classes."
+        )
+    if any(options[name] for name in (*_INPUTS, "label")):
+        return {}
+    if options["columns"] is not None:
+        raise click.UsageError("--columns names the columns of a csv or tsv file, and --data is a folder.")
+    sounds = any(path.suffix.lower() in _SOUND_FILES for path in folder.glob("*/**/*"))
+    return {"audio" if sounds else "image": FILE, "label": CLASS, "folders": True}
+
+
+def _check_task(options: dict[str, Any]) -> None:
+    """Refuse columns that make no task, and options that have no effect in theirs."""
+    task = _task(options)
+    for name, tasks in _OF_TASKS.items():
+        if options[name] is not None and task not in tasks:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} has no effect for {task}; it is for {', '.join(tasks)}."
+            )
+
+
+def _task(options: dict[str, Any]) -> str:
+    """The task that the named columns make."""
+    named = [name for name in _INPUTS if options[name]]
+    if not named:
+        raise click.UsageError(
+            "Name the column to learn from: --text, --tokens, --image or --audio; without any, --data is a folder with "
+            f"a sub-folder for each class, and {options['data']} is none."
+        )
+    if len(named) > 1:
+        raise click.UsageError(f"--{named[0]} and --{named[1]} are for different tasks; leave one of them out.")
+    if options["label"] is None:
+        if named != ["text"]:
+            raise click.UsageError(
+                f"--{named[0]} needs --label COLUMN; only texts can be learned from without classes."
+            )
+        return _LANGUAGE
+    return {"text": _TEXTS, "tokens": _WORDS, "image": _IMAGES, "audio": _SOUNDS}[named[0]]
+
+
 def _check(options: dict[str, Any]) -> None:
     """Refuse options that contradict each other, and those that would have no effect: they are a misunderstanding."""
-    given = {name for name, value in options.items() if value is not None}
+    given = {name for name, value in options.items() if value is not None and value is not False}
     tune, algorithm = options["tune"], options["algorithm"]
     for wrong, sentence in (
         (
@@ -137,7 +253,18 @@ def _check(options: dict[str, Any]) -> None:
             {"test", "test_fraction"} <= given,
             "--test names the test rows, so --test-fraction has no effect; leave one of them out.",
         ),
-        ("rank" in given and tune != "lora", f"--rank has no effect with --tune {tune}; it is for --tune lora."),
+        *(
+            (
+                name in given and tune not in tunings,
+                f"--{name.replace('_', '-')} has no effect with --tune {tune}; "
+                f"it is for --tune {' and '.join(tunings)}.",
+            )
+            for name, tunings in _OF_TUNINGS.items()
+        ),
+        (
+            "features" in given and tune != "head",
+            f"--features has no effect with --tune {tune}; it is for --tune head.",
+        ),
         (
             "mu" in given and algorithm != "fedprox",
             f"--mu has no effect with --algorithm {algorithm}; it is for fedprox.",

@@ -1,6 +1,6 @@
 """What `fedelta finetune` does: a table becomes sites, a pre-trained model a task, and both a simulation.
 
-Limits: classification of texts. The whole table is tokenised in this process and held in memory.
+What is read of the table, task by task, is in `finetune_data`.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from fedelta.algorithms import round_zero
 from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation
@@ -21,43 +20,56 @@ from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedY
 from fedelta.algorithms.fedprox import FedProx
 from fedelta.algorithms.sampling import All, Fixed
 from fedelta.cli.experiment import Sites
+from fedelta.cli.finetune_data import Continued, Images, Masked, Numbers, Reading, Recordings, Texts, Words
 from fedelta.cli.options import RunSettings
 from fedelta.cli.simulate import Simulation
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
 from fedelta.core.seeds import derive
+from fedelta.data.audio import audio_format
+from fedelta.data.images import image_format
 from fedelta.data.names import in_order
 from fedelta.data.partition import IID, Dirichlet, by_column
-from fedelta.data.tables import check_column, read_table, text_and_labels
-from fedelta.learning.objectives import Classification
+from fedelta.data.tables import check_column, class_table, read_table
+from fedelta.learning.bottleneck import Bottleneck
+from fedelta.learning.closed_form import LDA, ClosedForm, Ridge
+from fedelta.learning.kinds import CausalLanguageModel
+from fedelta.learning.lora import IA3, LoRA
 from fedelta.learning.optimizers import AdamW, Constant, Cosine
 from fedelta.learning.plan import Plan
-from fedelta.learning.pretrained import Pretrained, tokenizer
+from fedelta.learning.pretrained import Pretrained, language_kind, processor, tokenizer
+from fedelta.learning.prompts import Prefix, Prompt
 from fedelta.learning.task import Task
-from fedelta.learning.text import encode
 from fedelta.learning.training import Training
-from fedelta.learning.tuning import Full, Head, LoRA, Tuning
+from fedelta.learning.tuning import BitFit, Full, Head, HeadAndNorms, LastLayers, Tuning
 
 if TYPE_CHECKING:
     import pandas
-
-Rows = npt.NDArray[np.int64]
+    from transformers import PreTrainedTokenizerBase
 
 _LENGTH = 128  # tokens kept of a text, of a model that reads as many
-_RATES = {"lora": 5e-4, "full": 5e-5, "head": 1e-3}
+_RATES = {
+    "full": 5e-5,
+    "last": 2e-4,
+    "lora": 5e-4,
+    **dict.fromkeys(("head", "norms", "adapter"), 1e-3),
+    "bitfit": 2e-3,
+    **dict.fromkeys(("ia3", "prefix"), 1e-2),
+    "prompt": 3e-2,
+}
 _SERVERS = {"fedavgm": FedAvgM, "fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
 _NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The training rows of each site, the test rows if there are any, and the names of the classes."""
+    """The training rows of each site, the test rows if there are any, the names of the classes, and the task."""
 
-    sites: dict[str, Rows]  # into `examples`
-    examples: Examples
+    sites: dict[str, Examples]
     test: Examples | None
     classes: tuple[str, ...]
+    task: Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +78,19 @@ class FineTuning:
 
     model: str
     data: str
-    text: tuple[str, ...]
-    label: str
     tune: str
     rounds: int
     epochs: int
     batch: int
     algorithm: str
     bf16: bool
+    text: tuple[str, ...] = ()
+    tokens: str | None = None
+    image: str | None = None
+    audio: str | None = None
+    label: str | None = None
+    task: str | None = None  # of a language model: "causal" or "masked"
+    folders: bool = False  # --data and --test are folders of classes, not tables
     columns: str | None = None
     split_by: str | None = None
     sites: int | None = None
@@ -81,9 +98,16 @@ class FineTuning:
     test: str | None = None
     test_fraction: float = 0.2
     rank: int = 8
+    rslora: bool = False
+    width: int = 64
+    virtual_tokens: int = 20
+    layers: int = 1
     lr: float | None = None
     schedule: str = "constant"
     max_length: int | None = None
+    max_seconds: float | None = None
+    start: str | None = None
+    features: Path | None = None
     mu: float = 0.01
     server_lr: float | None = None
     per_round: int | None = None
@@ -99,9 +123,15 @@ class FineTuning:
             schedule=Cosine(rounds=self.rounds, floor=0.1) if self.schedule == "cosine" else Constant(),
         )
         data = self.read()
+        task = Task(
+            model=Pretrained(source=self.model, labels=data.classes, tuning=self._tuning(), kind=data.task.kind),
+            objective=data.task.objective(len(data.classes)),
+            features=self.features or settings.out / "features",
+        )
         federation: Federation[Any] = Federation(
-            algorithm=self._algorithm(training, data.classes),
+            algorithm=self._algorithm(task, training),
             rounds=self.rounds,
+            start=self._start(task, next(iter(data.sites.values()))[:8]),
             sampling=self._sampling(len(data.sites)),
             seed=self.seed,
             test=data.test,
@@ -110,19 +140,18 @@ class FineTuning:
         Simulation(
             title=f"fine-tuning {self.model} ({self.tune})",
             federation=federation,
-            sites=Sites(
-                load=lambda name: data.examples[torch.from_numpy(data.sites[name])],
-                names=list(data.sites),
-            ),
+            sites=Sites(load=data.sites.__getitem__, names=list(data.sites)),
             settings=settings,
             classes=data.classes,
         ).run()
 
-    def _algorithm(self, training: Training, classes: tuple[str, ...]) -> Algorithm[Any]:
-        task = Task(
-            model=Pretrained(source=self.model, labels=classes, tuning=self._tuning()),
-            objective=Classification(classes=len(classes)),
-        )
+    def _start(self, task: Task, rows: Examples) -> ClosedForm | None:
+        if self.start is None:
+            return round_zero.usual(task, rows, self.seed, Plan(bf16=self.bf16).plain)
+        starts: dict[str, ClosedForm | None] = {"lda": LDA(), "ridge": Ridge(), "drawn": None}
+        return starts[self.start]
+
+    def _algorithm(self, task: Task, training: Training) -> Algorithm[Any]:
         if self.algorithm == "fedprox":
             return FedProx(task=task, training=training, mu=self.mu)
         client: Algorithm[Parameters] = FedAvg(task=task, training=training)
@@ -132,9 +161,19 @@ class FineTuning:
         return FedOpt(client=client, server=_SERVERS[self.algorithm](**settings))
 
     def _tuning(self) -> Tuning:
-        if self.tune == "lora":
-            return LoRA(rank=self.rank)
-        return Head() if self.tune == "head" else Full()
+        tunings: dict[str, Tuning] = {
+            "full": Full(),
+            "head": Head(),
+            "last": LastLayers(count=self.layers),
+            "norms": HeadAndNorms(),
+            "bitfit": BitFit(),
+            "lora": LoRA(rank=self.rank, rslora=self.rslora),
+            "ia3": IA3(),
+            "adapter": Bottleneck(width=self.width),
+            "prompt": Prompt(tokens=self.virtual_tokens),
+            "prefix": Prefix(tokens=self.virtual_tokens),
+        }
+        return tunings[self.tune]
 
     def _sampling(self, sites: int) -> All | Fixed:
         if self.per_round is None:
@@ -144,27 +183,82 @@ class FineTuning:
         return Fixed(size=self.per_round)
 
     def read(self) -> Data:
-        """The rows, tokenised, and which site has which. Raises BadInput for anything wrong with them."""
-        tokens = tokenizer(self.model)
-        reads = tokens.model_max_length
-        if self.max_length is not None and self.max_length > reads:
-            raise BadInput(f"--max-length {self.max_length} is more than {self.model} reads; give at most {reads}")
-        length = self.max_length or min(_LENGTH, reads)
+        """What the model learns, and from what. Raises BadInput for anything wrong with the rows."""
+        reading = self._reading()
         table = self._table(self.data)
         with _naming(self.data):
-            texts, labels, classes = text_and_labels(table, self.text, self.label)
-            train, test = self._train_and_test(len(texts))
-            sites = self._split(table, labels, train)
-            examples = encode(texts, torch.from_numpy(labels), tokens, length)
-        held_out = examples[torch.from_numpy(test)] if len(test) else None
+            rows = reading.rows(table, _folder(self.data), None)
+            train, drawn = self._train_and_test(len(rows.labels))
+            sites = self._split(table, rows.labels, train)
+            examples = rows.deal([*sites.values(), *([drawn] if len(drawn) else [])])
+        held_out = examples[len(sites)] if len(drawn) else None
         if self.test is not None:
             table = self._table(self.test, split=self._test_split())
             with _naming(self.test):
-                texts, labels, _ = text_and_labels(table, self.text, self.label, classes)
-                held_out = encode(texts, torch.from_numpy(labels), tokens, length)
-        return Data(sites=sites, examples=examples, test=held_out, classes=classes)
+                others = reading.rows(table, _folder(self.test), rows.classes or None)
+                (held_out,) = others.deal([np.arange(len(others.labels))])
+        own = dict(zip(sites, examples[: len(sites)], strict=True))
+        return Data(sites=own, test=held_out, classes=rows.classes, task=reading)
+
+    def _reading(self) -> Reading:
+        """The task, which follows from the columns that are named. Raises BadInput if the model is no use for it."""
+        if self.image is not None:
+            return Images(column=self.image, label=self._label, format=image_format(self._processor("images")))
+        if self.audio is not None:
+            format = audio_format(self._processor("recordings"), seconds=self.max_seconds)
+            return Recordings(column=self.audio, label=self._label, format=format)
+        words = tokenizer(self.model)
+        text: dict[str, Any] = {"tokenizer": words, "length": self._length(words)}
+        if self.tokens is not None:
+            return Words(column=self.tokens, label=self._label, **text)
+        if self.label is not None:
+            return Texts(columns=self.text, label=self.label, **text)
+        if self._causal():
+            return Continued(columns=self.text, **text)
+        return Masked(columns=self.text, seed=self.seed, **text)
+
+    @property
+    def _label(self) -> str:
+        assert self.label is not None  # the command asks for it
+        return self.label
+
+    def _processor(self, what: str) -> Path:
+        found = processor(self.model)
+        if found is None:
+            raise BadInput(
+                f"{self.model} has no preprocessor_config.json, which says how {what} become its inputs; save the "
+                "model's processor in its folder"
+            )
+        return found.file
+
+    def _length(self, words: "PreTrainedTokenizerBase") -> int:
+        """How many tokens are kept of a text."""
+        taken = self.virtual_tokens if self.tune in ("prompt", "prefix") else 0
+        reads = words.model_max_length - taken
+        if self.max_length is not None and self.max_length > reads:
+            besides = f" besides {taken} virtual tokens" if taken else ""
+            raise BadInput(
+                f"--max-length {self.max_length} is more than {self.model} reads{besides}; give at most {reads}"
+            )
+        if reads < 1:
+            raise BadInput(f"--virtual-tokens {taken} leave no room in {self.model}; give fewer than {taken + reads}")
+        return self.max_length or min(_LENGTH, reads)
+
+    def _causal(self) -> bool:
+        """Whether the model is to learn the next token, and not masked ones."""
+        if self.task is not None:
+            return self.task == "causal"
+        kind = language_kind(self.model)
+        if kind is None:
+            raise BadInput(
+                f"the config.json of {self.model} does not say what it learns of texts without labels; give --task "
+                "causal for the next token, --task masked for masked ones, or --label COLUMN for classes"
+            )
+        return isinstance(kind, CausalLanguageModel)
 
     def _table(self, source: str, split: str | None = None) -> "pandas.DataFrame":
+        if self.folders:
+            return class_table(source, "image" if self.audio is None else "recording")
         return read_table(source, self.columns.split(",") if self.columns else None, split=split)
 
     def _test_split(self) -> str | None:
@@ -173,11 +267,11 @@ class FineTuning:
         test, data = (Path(source).expanduser().resolve() for source in (self.test, self.data))
         if test != data:
             return None
-        if test.is_file():
+        if test.is_file() or self.folders:
             raise BadInput(f"--test and --data are both {self.test}; leave --test out to hold out a part of the rows")
         return "test"
 
-    def _train_and_test(self, count: int) -> tuple[Rows, Rows]:
+    def _train_and_test(self, count: int) -> tuple[Numbers, Numbers]:
         """The rows for training and those held out, in order; without --test the latter are drawn at random."""
         cut = 0 if self.test is not None else round(count * self.test_fraction)
         if cut == count:
@@ -185,7 +279,7 @@ class FineTuning:
         order = np.random.default_rng(derive(self.seed, "test")).permutation(count)
         return np.sort(order[cut:]), np.sort(order[:cut])
 
-    def _split(self, table: "pandas.DataFrame", labels: Rows, train: Rows) -> dict[str, Rows]:
+    def _split(self, table: "pandas.DataFrame", labels: Numbers, train: Numbers) -> dict[str, Numbers]:
         """The rows of each site, among the rows `train`."""
         if self.split_by is None:
             assert self.sites is not None
@@ -202,6 +296,14 @@ class FineTuning:
             take, their = ("takes", "its") if len(empty) == 1 else ("take", "their")
             click.echo(f"{len(empty)} of {len(sites)} sites {take} no part, all {their} rows being test rows: {shown}")
         return {name: rows for name, rows in sites.items() if len(rows)}
+
+
+def _folder(source: str) -> Path | None:
+    """What paths in a table are relative to: the folder that it is, or is in; None for a table from the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    return path.parent if path.exists() else None
 
 
 @contextmanager

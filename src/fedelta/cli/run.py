@@ -1,56 +1,78 @@
-"""`fedelta run`: simulate an experiment file."""
+"""`fedelta run`: simulate an experiment file, or compare it with its baselines."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from fedelta.algorithms.federation import Federation
-from fedelta.cli.experiment import Experiment, Sites, guarded
+from fedelta.cli.compare import Comparison
+from fedelta.cli.experiment import opened
 from fedelta.cli.options import RunSettings, simulation_options
 from fedelta.cli.simulate import Simulation
-from fedelta.core.errors import BadExperiment
+
+_SEEDS = 3  # of a comparison
+_NOT_COMPARED = {  # what a comparison does not take -> why
+    "resume": "a comparison goes on by itself from the runs in its folder",
+    "plan": "a comparison trains as the experiment's own Plan says, and plainly where it says nothing",
+    "commit_every": "a comparison keeps every finished run at once",
+}
 
 
 @click.command(short_help="Simulate an experiment file.")
 @click.argument("experiment", type=click.Path(path_type=Path))
 @click.option("--rounds", type=click.IntRange(1), help="Instead of the experiment's own number.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Replace a constant of the experiment.")
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Was it worth it? Beside the model as it is, closed form, each site alone, pooled rows, and from scratch.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), metavar="N", show_default=str(_SEEDS), help="Runs of every method of --compare."
+)
 @simulation_options(
     seed="the experiment's own",
-    seeds="Of initialisation, sampling, shuffling and dropout.",
-    out="runs/EXPERIMENT",
+    seeds="Of initialisation, sampling, shuffling and dropout; the first one with --compare.",
+    out="runs/EXPERIMENT, or runs/EXPERIMENT-compare",
 )
 def command(
     experiment: Path,
     rounds: int | None,
     settings: tuple[str, ...],
+    compare: bool,
+    seeds: int | None,
     seed: int | None,
     **options: Any,
 ) -> None:
     """Simulate EXPERIMENT, a Python file with program(), site(name), sites(), and optionally test()."""
-    pairs = dict(_pair(setting) for setting in settings)
-    loaded = Experiment.load(experiment, pairs)
-    program = loaded.build()
-    if not isinstance(program, Federation):
-        raise BadExperiment(f"program() of {experiment} must return a Federation, got {type(program).__name__}")
-    changes: dict[str, Any] = {"rounds": rounds, "seed": seed, "test": loaded.held_out()}
-    federation: Federation[Any] = replace(program, **{k: v for k, v in changes.items() if v is not None})
-
-    def site(name: str) -> object:
-        return guarded(experiment, f"site({name!r}) was called", lambda: loaded.site(name))
-
+    _check(compare, seeds)
+    federation, sites = opened(experiment, settings, rounds=rounds, seed=seed)
+    if compare:
+        Comparison(
+            title=experiment.stem,
+            federation=federation,
+            sites=sites,
+            seeds=seeds or _SEEDS,
+            out=options["out"] or Path("runs") / f"{experiment.stem}-compare",
+            workers=options["workers"],
+        ).run()
+        return
     Simulation(
         title=experiment.stem,
         federation=federation,
-        sites=Sites(load=site, names=loaded.names()),
+        sites=sites,
         settings=RunSettings.take(options, Path("runs") / experiment.stem),
     ).run()
 
 
-def _pair(setting: str) -> tuple[str, str]:
-    name, separator, value = setting.partition("=")
-    if not separator or not name:
-        raise click.BadParameter(f"{setting!r} is not of the form NAME=VALUE", param_hint="--set")
-    return name, value
+def _check(compare: bool, seeds: int | None) -> None:
+    """Refuse options that do not go together."""
+    if not compare:
+        if seeds is not None:
+            raise click.UsageError("--seeds is for --compare; a single run has --seed")
+        return
+    context = click.get_current_context()
+    for name, why in _NOT_COMPARED.items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--compare goes without --{name.replace('_', '-')}: {why}")

@@ -2,36 +2,35 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
-from torch import Tensor, nn
 
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.algorithms.planning import planned
 from fedelta.cli.experiment import Sites
+from fedelta.cli.held import Held
 from fedelta.cli.options import RunSettings
 from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import CannotResume, FedeltaError
+from fedelta.core.examples import Examples
 from fedelta.core.messages import Plain
-from fedelta.core.parameters import trainable, travelling_buffers
 from fedelta.core.program import Fleet, Report, run
-from fedelta.data.overview import Overview, overview
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
-from fedelta.learning.objectives import Classification
+from fedelta.learning.objectives import IGNORED
 from fedelta.learning.plan import Plan
-from fedelta.learning.pretrained import Pretrained, save, tokenizer
+from fedelta.learning.pretrained import Pretrained, processor, tokenizer
+from fedelta.learning.saving import frozen_digest, save
+from fedelta.learning.text import per_token
 from fedelta.observe.files import replace_file
 from fedelta.observe.folder import RunFolder, read_manifest
 from fedelta.observe.manifest import differences, environment
-from fedelta.observe.page import Plot, Section, write_page
+from fedelta.observe.page import write_page
 from fedelta.observe.progress import Progress
 from fedelta.observe.report import run_page
 from fedelta.observe.text import bytes_text, plural
@@ -54,12 +53,12 @@ class Simulation:
         console = Console(highlight=False)
         if self.settings.resume and not self.settings.out.is_dir():
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
-        held = self._load_sites(console)
+        held = Held.of(self.sites, self.federation, console, self.classes)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
         planned = replace(self, federation=replace(self.federation, plan=self._plan(console)))
         planned._run(start, held, console)
 
-    def _run(self, start: FederationState[Any], held: "_Held", console: Console) -> None:
+    def _run(self, start: FederationState[Any], held: Held, console: Console) -> None:
         with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
@@ -67,28 +66,6 @@ class Simulation:
             if reports:
                 console.print(f"Ended after round {state.round}: {self.federation.finished(state)}.")
                 self._conclude(folder, state, reports, held, console)
-
-    def _load_sites(self, console: Console) -> "_Held":
-        objective = self.federation.algorithm.task.objective
-        numbered = tuple(map(str, range(objective.classes))) if isinstance(objective, Classification) else ()
-        held = _Held(classes=self.classes or numbered)
-        with console.status("loading the sites' data"):
-            for name in self.sites.names:
-                try:
-                    data = self.sites(name)
-                    self.federation.algorithm.task.check(data.train)
-                except (FedeltaError, OSError) as error:
-                    held.digests[name] = None
-                    console.print(
-                        f"{name} has no data to train on: {error}", style="yellow", markup=False, soft_wrap=True
-                    )
-                    continue
-                held.digests[name] = digest(
-                    [part.digest() for part in (data.train, data.validation) if part is not None]
-                )
-                if held.classes:
-                    held.labels[name] = data.train.targets.numpy()
-        return held
 
     def _plan(self, console: Console) -> Plan:
         """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
@@ -132,9 +109,7 @@ class Simulation:
                 console.print(warning, style="yellow", markup=False, soft_wrap=True)
             yield folder
 
-    def _announce(
-        self, console: Console, held: "_Held", state: FederationState[Any], reports: Sequence[Report]
-    ) -> None:
+    def _announce(self, console: Console, held: Held, state: FederationState[Any], reports: Sequence[Report]) -> None:
         overview = held.overview()
         if overview is not None and not reports:
             console.print(overview.table(), overview.summary())
@@ -155,7 +130,7 @@ class Simulation:
         folder: RunFolder,
         state: FederationState[Any],
         reports: list[Report],
-        held: "_Held",
+        held: Held,
         console: Console,
     ) -> FederationState[Any]:
         progress = Progress(self.federation.rounds, done=len(reports), console=console)
@@ -198,7 +173,7 @@ class Simulation:
         folder: RunFolder,
         state: FederationState[Any],
         reports: list[Report],
-        held: "_Held",
+        held: Held,
         console: Console,
     ) -> None:
         metrics = {name: value for report in reports for name, value in report.metrics.items()}
@@ -208,16 +183,13 @@ class Simulation:
         saved = self._save(state)
         page = self._report(folder, reports, held)
         if self.federation.test is not None and "test_loss" in metrics:  # a finished run may get a test set later
-            console.print(test_line(metrics, len(self.federation.test)))
+            console.print(test_line(metrics, _counted(self.federation.test)))
         console.print(f"Model: {saved}\nReport: {page}", markup=False, soft_wrap=True)
 
-    def _report(self, folder: RunFolder, reports: list[Report], held: "_Held") -> Path:
+    def _report(self, folder: RunFolder, reports: list[Report], held: Held) -> Path:
         """Write the HTML report of the rounds so far."""
         page = self.settings.out / "report.html"
-        overview = held.overview()
-        plots = [] if overview is None else [Plot(figure=overview.plot(), caption="Rows by class and site.", wide=True)]
-        sections = [Section(heading="What each site holds", plots=plots)] if plots else []
-        write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
+        write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=held.sections()))
         return page
 
     def _save(self, state: FederationState[Any]) -> Path:
@@ -226,37 +198,25 @@ class Simulation:
         source = self.federation.algorithm.task.model
         if isinstance(source, Pretrained):
             folder = self.settings.out / "model"
-            save(module, folder, tokenizer(source.source) if source.kind.reads_text() else None)
+            beside = tokenizer(source.source) if source.kind.reads_text() else processor(source.source)
+            save(module, folder, beside)
             return folder
         path = self.settings.out / "model.safetensors"
         replace_file(path, codec.encode({name: tensor.detach() for name, tensor in module.state_dict().items()}))
         return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """What the sites hold: a digest for the manifest, and the labels where there are classes."""
-
-    classes: tuple[str, ...]
-    digests: dict[str, str | None] = field(default_factory=dict)
-    labels: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-
-    def overview(self) -> Overview | None:
-        return overview(self.labels, self.classes) if self.labels else None
-
-
-def frozen_digest(module: nn.Module) -> str | None:
-    """SHA-256 over the names, dtypes, shapes and bytes of what is frozen and does not travel; None if nothing is."""
-    travelling = trainable(module).keys() | travelling_buffers(module).keys()
-    state = module.state_dict()
-    frozen = {name: value for name, value in state.items() if name not in travelling and isinstance(value, Tensor)}
-    return digest(frozen) if frozen else None
+def _counted(examples: Examples) -> int:
+    """How many targets count: one an example, or those of its tokens."""
+    return int((examples.targets != IGNORED).sum()) if per_token(examples.targets) else len(examples)
 
 
 def test_line(metrics: Mapping[str, float], examples: int) -> str:
-    """ "Test set: Average loss: 0.0321, Accuracy: 9897/10000 (98.97%)", without the accuracy for a regression."""
+    """ "Test set: Average loss: 0.0321, Accuracy: 9897/10000 (98.97%)", without the accuracy where there is none."""
     line = f"Test set: Average loss: {metrics['test_loss']:.4f}"
     if "test_accuracy" in metrics:
         accuracy = metrics["test_accuracy"]
         line += f", Accuracy: {round(accuracy * examples)}/{examples} ({100 * accuracy:.2f}%)"
+    if "test_perplexity" in metrics:
+        line += f", Perplexity: {metrics['test_perplexity']:.2f}"
     return line

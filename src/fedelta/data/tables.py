@@ -1,4 +1,4 @@
-"""Tables from files, folders and the Hugging Face hub, and the texts and labels in them.
+"""Tables from files, folders and the Hugging Face hub, and the texts, words and labels in them.
 
 Limits: files are UTF-8. In csv and tsv every value is text as it stands there, "007" and "1.0" too, and only an empty
 field is a missing value: "NA" and "None" are text, as they should be for sentences.
@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,12 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fedelta.core.errors import BadInput
+from fedelta.data.files import CLASS, FILE, class_folders
 from fedelta.data.hub import from_folder, from_hub, in_a_line
 from fedelta.data.names import grouped, in_order, name_of
 
 if TYPE_CHECKING:
     import pandas
     from datasets import Dataset
+
+    from fedelta.data.names import Column
+
+Rows = npt.NDArray[np.int64]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FORMATS = ".csv, .tsv, .json, .jsonl, .ndjson (each also with .gz) and .parquet"
@@ -68,52 +73,130 @@ def text_and_labels(
     text: str | Sequence[str],
     label: str,
     classes: Sequence[str] | None = None,
-) -> tuple[list[str], npt.NDArray[np.int64], tuple[str, ...]]:
-    """Texts[n], class indices[n] and the names of the classes, from the columns of a table.
-
-    Several text columns are joined by a space. The classes are `classes` where given; the categories of a categorical
-    column; otherwise the values there are, sorted (numbers as numbers). Labels are compared by name: 3, 3.0 and "3" are
-    one class.
-
-    Raises BadInput for an unknown column, an empty table, missing values, a blank text, fewer than two classes, or a
-    label outside `classes`.
-    """
-    columns = (text,) if isinstance(text, str) else tuple(text)
-    if not columns:
-        raise BadInput("name at least one text column")
-    for column in (*columns, label):
+) -> tuple[list[str], Rows, tuple[str, ...]]:
+    """Texts[n], class indices[n] and the names of the classes: `texts_in` and `labels_in`."""
+    for column in (*_several(text), label):
         check_column(table, column)
-    if not len(table):
-        raise BadInput("the table has no rows")
+    return texts_in(table, text), *labels_in(table, label, classes)
+
+
+def texts_in(table: "pandas.DataFrame", text: str | Sequence[str]) -> list[str]:
+    """The text of each row; several columns are joined by a space.
+
+    Raises BadInput for an unknown column, an empty table, missing values, or a blank text.
+    """
+    columns = _several(text)
     for column in columns:
+        _check_rows(table, column)
         _check_complete(column, np.asarray(table[column].isna()))
-    codes, names = grouped(table[label])
-    _check_complete(label, codes < 0)
-    known = _classes(table, label, names) if classes is None else tuple(name_of(value) for value in classes)
-    if len(set(known)) != len(known):
-        raise BadInput(f"the classes must be distinct, got {', '.join(map(repr, known))}")
-    if len(known) < 2:
-        given = f"the single class {known[0]!r}" if known else "no class"
-        raise BadInput(f"column {label!r} has {given}; classification needs two or more")
-    index = {name: position for position, name in enumerate(known)}
-    indices = np.array([index.get(name, -1) for name in names], dtype=np.int64)[codes]
-    unknown = np.flatnonzero(indices < 0)
-    if len(unknown):
-        raise BadInput(
-            f"label {names[codes[unknown[0]]]!r} in row {unknown[0]} (counted from 0) is none of the classes "
-            f"{_listed(known)}"
-        )
     parts = [[str(value) for value in table[column]] for column in columns]
     texts = [" ".join(row) for row in zip(*parts, strict=True)]
     blank = next((row for row, joined in enumerate(texts) if not joined.strip()), None)
     if blank is not None:
         raise BadInput(f"the text in row {blank} (counted from 0) is blank; fill it in or drop the row")
-    return texts, indices, known
+    return texts
 
 
-def _classes(table: "pandas.DataFrame", label: str, names: list[str]) -> tuple[str, ...]:
-    categories = getattr(table[label].dtype, "categories", None)
-    return tuple(in_order(names) if categories is None else (name_of(value) for value in categories))
+def labels_in(
+    table: "pandas.DataFrame", label: str, classes: Sequence[str] | None = None
+) -> tuple[Rows, tuple[str, ...]]:
+    """Class indices[n] and the names of the classes, from a column.
+
+    The classes are `classes` where given; the categories of a categorical column; otherwise the values there are,
+    sorted (numbers as numbers). Labels are compared by name: 3, 3.0 and "3" are one class.
+
+    Raises BadInput for an unknown column, an empty table, missing values, fewer than two classes, or a label outside
+    `classes`.
+    """
+    _check_rows(table, label)
+    if classes is None:
+        classes = getattr(table[label].dtype, "categories", None)
+    return _indexed(label, table[label], np.arange(len(table)), len(table), classes)
+
+
+def words_and_tags(
+    table: "pandas.DataFrame", words: str, tags: str, classes: Sequence[str] | None = None
+) -> tuple[list[list[str]], list[list[int]], tuple[str, ...]]:
+    """The words of each row, the class index of each word's tag, and the names of the classes, from columns of lists.
+
+    The classes are as in `labels_in`. Raises BadInput for an unknown column, an empty table, a value that is no list of
+    words or of tags, a row with another number of tags than words, a missing tag, fewer than two classes, or a tag
+    outside `classes`.
+    """
+    texts, marks = (_lists(table, column) for column in (words, tags))
+    for row, (own, given) in enumerate(zip(texts, marks, strict=True)):
+        if not all(isinstance(word, str) for word in own):
+            raise BadInput(f"column {words!r} has {_cut(own)} in row {row} (counted from 0), not a list of words")
+        if len(own) != len(given):
+            raise BadInput(
+                f"row {row} (counted from 0) has {len(own)} words and {len(given)} tags; give one tag for each word"
+            )
+    if classes is None:
+        classes = getattr(table[tags].iloc[0], "categories", None)
+    lengths = [len(given) for given in marks]
+    rows = np.repeat(np.arange(len(table)), lengths)
+    indices, known = _indexed(tags, [tag for given in marks for tag in given], rows, len(table), classes)
+    return texts, [part.tolist() for part in np.split(indices, np.cumsum(lengths)[:-1])], known
+
+
+def class_table(folder: str | Path, what: str) -> "pandas.DataFrame":
+    """A row for each file in the sub-folders of `folder`: its path within it as FILE, and its sub-folder as CLASS.
+
+    Raises BadInput as `class_folders` does; `what` is "image" or "recording".
+    """
+    import pandas
+
+    files, codes, classes = class_folders(folder, what)
+    root = Path(folder).expanduser()
+    names = pandas.Categorical.from_codes(codes, categories=pandas.Index(classes))
+    return pandas.DataFrame({FILE: [str(file.relative_to(root)) for file in files], CLASS: names})
+
+
+def _indexed(
+    column: str, values: "Column", rows: Rows, count: int, classes: Iterable[object] | None
+) -> tuple[Rows, tuple[str, ...]]:
+    """The index of each value's class, and the names of the classes; `rows` says in which of `count` rows it is."""
+    codes, names = grouped(values)
+    _check_complete(column, np.bincount(rows[codes < 0], minlength=count) > 0)
+    known = tuple(in_order(names) if classes is None else (name_of(value) for value in classes))
+    if len(set(known)) != len(known):
+        raise BadInput(f"the classes must be distinct, got {', '.join(map(repr, known))}")
+    if len(known) < 2:
+        given = f"the single class {known[0]!r}" if known else "no class"
+        raise BadInput(f"column {column!r} has {given}; classification needs two or more")
+    index = {name: position for position, name in enumerate(known)}
+    indices = np.array([index.get(name, -1) for name in names], dtype=np.int64)[codes]
+    unknown = np.flatnonzero(indices < 0)
+    if len(unknown):
+        raise BadInput(
+            f"label {names[codes[unknown[0]]]!r} in row {rows[unknown[0]]} (counted from 0) is none of the classes "
+            f"{_listed(known)}"
+        )
+    return indices, known
+
+
+def _lists(table: "pandas.DataFrame", column: str) -> list[list[Any]]:
+    _check_rows(table, column)
+    for row, value in enumerate(table[column]):
+        if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not len(value):
+            raise BadInput(
+                f"column {column!r} has {_cut(value)} in row {row} (counted from 0), not a list with a value or more; "
+                "give json lines, parquet or a data set with columns of lists"
+            )
+    return [list(value) for value in table[column]]
+
+
+def _several(text: str | Sequence[str]) -> tuple[str, ...]:
+    columns = (text,) if isinstance(text, str) else tuple(text)
+    if not columns:
+        raise BadInput("name at least one text column")
+    return columns
+
+
+def _check_rows(table: "pandas.DataFrame", column: str) -> None:
+    check_column(table, column)
+    if not len(table):
+        raise BadInput("the table has no rows")
 
 
 def check_column(table: "pandas.DataFrame", column: str) -> None:
@@ -132,6 +215,11 @@ def _check_complete(column: str, missing: npt.NDArray[np.bool_]) -> None:
             f"column {column!r} has no value in {int(missing.sum())} of {len(missing)} rows, the first in row "
             f"{int(missing.argmax())} (counted from 0); fill them in or drop them"
         )
+
+
+def _cut(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -244,13 +332,22 @@ _READERS: dict[str, Callable[[Path, Sequence[str] | None], "pandas.DataFrame"]] 
 
 
 def _frame(dataset: "Dataset") -> "pandas.DataFrame":
-    """A data set as a table; class ids become categories, in the order of the data set."""
+    """A data set as a table; class ids become categories, in the order of the data set, and lists of them likewise."""
     import pandas
     from datasets import ClassLabel
 
     table: pandas.DataFrame = dataset.to_pandas()
     for name, feature in dataset.features.items():
+        inner = getattr(feature, "feature", None)
         if isinstance(feature, ClassLabel):
-            ids = table[name].fillna(-1).to_numpy(dtype=np.int64)
-            table[name] = pandas.Categorical.from_codes(ids, categories=pandas.Index(feature.names))
+            table[name] = _categories(table[name].fillna(-1), feature.names)
+        elif isinstance(inner, ClassLabel):
+            lists = [None if ids is None else _categories(ids, inner.names) for ids in table[name]]
+            table[name] = pandas.Series(lists, dtype=object)
     return table
+
+
+def _categories(ids: Any, names: list[str]) -> "pandas.Categorical[str]":
+    import pandas
+
+    return pandas.Categorical.from_codes(np.asarray(ids, dtype=np.int64), categories=pandas.Index(names))

@@ -13,10 +13,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
+from fedelta.core.children import started_quietly
 from fedelta.core.errors import BadInput, UnsoundCombination
 from fedelta.core.program import Program
 from fedelta.fleet.blocks import Block, Pool
-from fedelta.fleet.children import started_quietly
 from fedelta.fleet.schedule import Task
 from fedelta.fleet.worker import Job, Withdraw, serve
 

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedelta.core.children import leave_with_the_parent
 from fedelta.core.heap import keep_freed_memory
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 from fedelta.core.program import Program, Site
 from fedelta.fleet.answer import Sites, answer, answer_many
 from fedelta.fleet.blocks import Block
-from fedelta.fleet.children import leave_with_the_parent
 
 
 class Message(NamedTuple):

@@ -31,6 +31,10 @@ from fedelta.learning.plan import Plan
 from fedelta.learning.training import Training, autocast, diverged, predict, prepared
 from fedelta.learning.tuning import train_mode
 
+_NOT_AT_ONCE = {  # what vmap says of a model that it cannot run for many sites -> what the model does
+    "random": "draws random numbers in training",
+    "data-dependent control flow": "branches on values of its inputs (as masks of texts make transformers do)",
+}
 _ALIGNMENT = 16  # elements: rows of weights begin at multiples of 64 bytes
 
 
@@ -97,11 +101,10 @@ class CohortModel:
         try:
             measured: dict[str, Tensor] = vmap(one, randomness="error")(dict(leaves), dict(inputs), targets)
         except RuntimeError as error:
-            if "random" not in str(error):
+            does = next((does for said, does in _NOT_AT_ONCE.items() if said in str(error)), None)
+            if does is None:
                 raise
-            raise BadInput(
-                "the model draws random numbers in training, so that sites are trained one by one; set Plan.cohort to 1"
-            ) from error
+            raise BadInput(f"the model {does}, so that sites are trained one by one; set Plan.cohort to 1") from error
         return measured
 
 
@@ -228,7 +231,8 @@ class _Work:
                 own = torch.arange(targets.shape[1], device=targets.device) < counts.to(targets.device)[:, None]
                 measured = {name: values * own for name, values in measured.items()}
             sums = {name: values.sum(1) for name, values in measured.items()}
-            loss = (sums["loss"] / sums["examples"]).sum()  # a site's gradient does not depend on the others' loss
+            # a site's gradient does not depend on the others' loss
+            loss = (sums["loss"] / sums["examples"].clamp(min=1.0)).sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return {name: values.detach() for name, values in sums.items()}, list(gradients)
 

@@ -4,6 +4,7 @@ An objective turns outputs and targets into numbers per row, the loss among them
 and sites before they become metrics.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedelta.core.errors import BadInput
+from fedelta.learning.cross_entropy import cross_entropy
+
+IGNORED = -100  # a token with this target does not count; transformers and PyTorch have the same
+
+_LARGEST_EXPONENT = 700.0  # exp of more is not a float
 
 
 class Objective(Protocol):
@@ -33,9 +39,9 @@ class Objective(Protocol):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Numbers per row of a batch of n, float32 [n] each: at least "examples" (what counts) and "loss".
 
-        The loss that is minimised is sum(loss) / sum(examples), so "loss" must be differentiable. A row must not depend
-        on the others, and the code must run under `torch.func.vmap`: no branch on a value. Raises BadInput if outputs
-        and targets do not fit.
+        The loss that is minimised is sum(loss) / sum(examples), so "loss" must be differentiable; where nothing of a
+        batch counts, nothing is learned from it. A row must not depend on the others, and the code must run under
+        `torch.func.vmap`: no branch on a value. Raises BadInput if outputs and targets do not fit.
         """
         ...
 
@@ -114,6 +120,95 @@ class Regression:
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         n = sums.get("examples", 0.0)
         return {"loss": sums["loss"] / n, "mae": sums["absolute"] / n} if n else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagging:
+    """Cross-entropy over `classes` for each token; outputs are logits [n, width, classes], targets int64 [n, width].
+
+    Tokens with target -100 are ignored; "examples" are those that count. Reports the loss a token and accuracy.
+    """
+
+    sums: ClassVar[tuple[str, ...]] = ("examples", "loss", "correct")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise BadInput(f"Tagging.classes must be >= 2, got {self.classes}")
+
+    def check(self, targets: Tensor) -> None:
+        _check_tokens(targets)
+        wrong = targets[(targets >= self.classes) | ((targets < 0) & (targets != IGNORED))]
+        if len(wrong):
+            raise BadInput(f"tag {int(wrong[0])} is outside the classes 0..{self.classes - 1}")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        _check_fit(outputs, targets)
+        if outputs.shape[-1] != self.classes:
+            raise BadInput(f"the model gives {outputs.shape[-1]} numbers a token for {self.classes} classes")
+        correct = (outputs.detach().argmax(dim=-1) == targets).float()  # what is ignored equals no class
+        return {**_token_loss(outputs, targets), "correct": correct.sum(1)}
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        n = sums.get("examples", 0.0)
+        return {"loss": sums["loss"] / n, "accuracy": sums["correct"] / n} if n else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """Cross-entropy over the vocabulary; outputs are logits [n, width, vocabulary], targets token ids [n, width].
+
+    With `shift`, the output at a place is for the token at the next one, as causal models are trained: targets are then
+    the input ids. Without, it is for the token at the same place: masked models, and sequence-to-sequence models, whose
+    decoder inputs are shifted already. Targets of -100 are ignored; "examples" are tokens that count. Reports the loss
+    a token, in nats, and the perplexity exp(loss).
+    """
+
+    sums: ClassVar[tuple[str, ...]] = ("examples", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+
+    shift: bool = True
+
+    def check(self, targets: Tensor) -> None:
+        _check_tokens(targets)
+        wrong = targets[(targets < 0) & (targets != IGNORED)]
+        if len(wrong):
+            raise BadInput(f"target {int(wrong[0])} is no token; those that do not count are {IGNORED}")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        _check_fit(outputs, targets)
+        if self.shift:  # of the targets: outputs without their last column would be copied
+            targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        return _token_loss(outputs, targets)
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        n = sums.get("examples", 0.0)
+        if not n:
+            return {}
+        loss = sums["loss"] / n
+        return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+
+
+def _token_loss(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    counts = targets != IGNORED
+    losses = cross_entropy(outputs, targets.clamp(min=0))
+    return {"examples": counts.sum(1, dtype=torch.float32), "loss": torch.where(counts, losses, 0.0).sum(1)}
+
+
+def _check_tokens(targets: Tensor) -> None:
+    if targets.dtype != torch.int64 or targets.ndim != 2:
+        got = f"{targets.dtype} of shape {list(targets.shape)}"
+        raise BadInput(f"targets of tokens are int64 of shape [n, width], got {got}; encode the texts with their tags")
+
+
+def _check_fit(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
+        raise BadInput(
+            f"the model gives outputs of shape {list(outputs.shape)} for targets of shape {list(targets.shape)}, and "
+            "every token needs one; check the kind of the model"
+        )
 
 
 def _matrix(values: Tensor) -> Tensor:

@@ -1,68 +1,31 @@
-"""The bridge to Hugging Face: a pre-trained model is built for a task, and saved for plain `transformers` and `peft`.
+"""The bridge to Hugging Face: a pre-trained model is built for a task; `fedelta.learning.saving` writes it.
 
 Limits: weights are loaded in float32; code that a repository carries is never run (`trust_remote_code` stays off).
 """
 
-import copy
-import json
-import logging
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput
+from fedelta.learning.kinds import CausalLanguageModel, Kind, MaskedLanguageModel, TextClassification
+from fedelta.learning.quiet import quiet
+from fedelta.learning.structure import mark_new
 from fedelta.learning.tuning import Full, Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = "fedelta.json"  # a folder that has this file was written by `save`, and may be replaced by it
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of these every tokenizer has one
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-class Kind(Protocol):
-    """A kind of model: which `Auto*` class of transformers loads it, and what it has to know of the labels."""
-
-    def auto_class(self) -> Any: ...
-
-    def settings(self, labels: tuple[str, ...]) -> Mapping[str, object]:
-        """Entries of the model's configuration. Raises BadInput for labels that do not suit this kind."""
-        ...
-
-    def reads_text(self) -> bool:
-        """Whether inputs are rows of tokens, so that the model has to know which token is padding."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextClassification:
-    """One of several labels for a text."""
-
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification
-
-    def settings(self, labels: tuple[str, ...]) -> Mapping[str, object]:
-        if len(labels) < 2 or len(set(labels)) != len(labels):
-            raise BadInput(f"classification needs two or more distinct labels, got {labels}")
-        return {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
-
-    def reads_text(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +37,10 @@ class Pretrained:
     """
 
     source: str  # a local folder, or a name on the Hugging Face hub
-    labels: tuple[str, ...]  # class i has label i
+    labels: tuple[str, ...] = ()  # class i has label i; none for language models
     tuning: Tuning = field(default_factory=Full)
     kind: Kind = field(default_factory=TextClassification)
+    digest: str | None = None  # of the checkpoint's weights, as `weights_digest` gives it; None: any
 
     def __post_init__(self) -> None:
         self.kind.settings(self.labels)
@@ -85,7 +49,7 @@ class Pretrained:
         """A new module, in evaluation mode. Raises BadInput if `source` is not a model of this kind."""
         source = _located(self.source)
         _check_model_folder(source)
-        with _quiet(), _sentence(f"no model for {type(self.kind).__name__} could be loaded from {self.source!r}"):
+        with quiet(), _sentence(f"no model for {type(self.kind).__name__} could be loaded from {self.source!r}"):
             model, report = self.kind.auto_class().from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -95,14 +59,19 @@ class Pretrained:
             )
         fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         self._check_weights(model, fresh, {key for key, *_ in report["mismatched_keys"]})
+        self.kind.check(model)
+        if self.digest is not None:
+            self._check_digest(model, fresh)
         if self.kind.reads_text() and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer(self.source).pad_token_id
-        return self.tuning.apply(model, sorted({key.rpartition(".")[0] for key in fresh}))
+        new = sorted({key.rpartition(".")[0] for key in fresh})
+        mark_new(model, new)
+        return self.tuning.apply(model, new)
 
     def _check_weights(self, model: "PreTrainedModel", fresh: set[str], mismatched: set[str]) -> None:
         """Refuse a checkpoint whose body is not this model's: transformers draws at random what it does not find."""
-        body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
-        odd = sorted(mismatched.intersection(body))
+        body = _body(model)
+        odd = sorted(mismatched.intersection(body) if self.labels else mismatched)
         if odd:
             raise BadInput(
                 f"the weights in {self.source!r} do not have the shapes of its config.json, first {odd[0]!r}"
@@ -113,6 +82,22 @@ class Pretrained:
                 f"{len(fresh.intersection(body))} of the {len(body)} tensors of its body are missing"
             )
 
+    def _check_digest(self, model: "PreTrainedModel", fresh: set[str]) -> None:
+        found = weights_digest(model, fresh)
+        if found != self.digest:
+            raise BadInput(
+                f"the weights in {self.source!r} have the digest {found}, and this run is of a model with the digest "
+                f"{self.digest}; get that model, or leave `digest` out"
+            )
+
+
+def weights_digest(model: nn.Module, fresh: Collection[str] = ()) -> str:
+    """SHA-256 over names, shapes and float32 values of all tensors of `model` but those named in `fresh`.
+
+    `fresh` are those not from the checkpoint. The sentence that refuses a `Pretrained.digest` has the right one.
+    """
+    return digest({name: value for name, value in model.state_dict().items() if name not in fresh})
+
 
 def tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; one without a padding token pads with its end-of-text token.
@@ -122,7 +107,7 @@ def tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    with _quiet(), _sentence(f"no tokenizer could be loaded from {source!r}"):
+    with quiet(), _sentence(f"no tokenizer could be loaded from {source!r}"):
         located = _located(source)
         _check_tokenizer_folder(located)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(located)
@@ -134,48 +119,68 @@ def tokenizer(source: str) -> "PreTrainedTokenizerBase":
     return loaded
 
 
-def save(
-    module: nn.Module,
-    folder: str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    *,
-    merged: bool = False,
-) -> None:
-    """Write `module` into `folder`, which appears whole or not at all.
+def decoder_start(source: str) -> int:
+    """The token from which the decoder of a sequence-to-sequence model starts.
 
-    A model with LoRA becomes a peft adapter folder, next to the model's configuration; with `merged`, the factors are
-    added into the weights and the whole model is written. Any other Hugging Face model is written whole. An existing
-    folder is replaced if it is empty or was written by this function. Raises BadInput for another folder or module.
+    Raises BadInput if the configuration of `source` names none.
     """
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    start = getattr(_configuration(source), "decoder_start_token_id", None)
+    if not isinstance(start, int):
+        raise BadInput(f"the config.json of {source!r} has no decoder_start_token_id; add it, or use another model")
+    return start
 
-    target = Path(folder).expanduser().resolve()
-    _check_replaceable(target)
-    whole = module
-    if isinstance(module, PeftModel):
-        base = module.peft_config["default"].base_model_name_or_path
-        if not merged and base and Path(base).resolve() == target:
-            raise BadInput(f"{target} holds the model that these LoRA factors belong to; save them into another folder")
-        # merging in the module itself would change the model that may yet be trained
-        whole = copy.deepcopy(module).merge_and_unload() if merged else module.get_base_model()
-    if not isinstance(whole, PreTrainedModel):
-        raise BadInput(f"only a Hugging Face model is saved as a folder, got {type(whole).__name__}; use torch.save")
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with _quiet():
-        if isinstance(module, PeftModel) and not merged:
-            # "auto" would ask the hub whether the vocabulary has changed, which no tuning does
-            module.save_pretrained(str(part), save_embedding_layers=False)
-            (part / "README.md").unlink(missing_ok=True)  # peft's template of a model card, not filled in
-            whole.config.save_pretrained(part)
-        else:
-            whole.save_pretrained(part)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-    (part / _MARK).write_text(json.dumps({"format": "adapter" if (part / "adapter_config.json").exists() else "model"}))
-    _replace(part, target)
+
+def language_kind(source: str) -> Kind | None:
+    """What a language model was pre-trained for, as its configuration says; None if it does not say so.
+
+    Raises BadInput if `source` has no configuration.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    own = {*(getattr(_configuration(source), "architectures", None) or ())}
+    kinds: list[Kind] = [CausalLanguageModel()] if own.intersection(CAUSAL.values()) else []
+    kinds += [MaskedLanguageModel()] if own.intersection(MASKED.values()) else []
+    return kinds[0] if len(kinds) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """How images or sounds become inputs of a model: its preprocessor_config.json, which is saved as it is."""
+
+    file: Path
+
+    def save_pretrained(self, save_directory: Any, /) -> None:
+        shutil.copyfile(self.file, Path(save_directory) / self.file.name)
+
+
+def processor(source: str) -> Processor | None:
+    """The preprocessor_config.json of a model, from its folder or the hub; None if it has none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(_located(source), "preprocessor_config.json")
+    except OSError:
+        return None
+    return None if found is None else Processor(file=Path(found))
+
+
+def _configuration(source: str) -> Any:
+    from transformers import AutoConfig
+
+    with _sentence(f"no configuration could be loaded from {source!r}"):
+        return AutoConfig.from_pretrained(_located(source))
+
+
+def _body(model: "PreTrainedModel") -> list[str]:
+    """The names of the tensors that every checkpoint for this model has: all outside its head."""
+    names = [name for name, _ in model.named_parameters()]
+    inside = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        return inside
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = [name for name, part in model.named_modules() if part is output]
+    return [name for name in names if name.rpartition(".")[0] not in head]
 
 
 def _positions(located: str, unknown: int) -> int:
@@ -188,23 +193,6 @@ def _positions(located: str, unknown: int) -> int:
         return unknown
     positions = getattr(config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else unknown  # XLNet's is -1
-
-
-def _check_replaceable(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise BadInput(f"{target} is a file; name a folder to save into")
-    if target.exists() and any(target.iterdir()) and not (target / _MARK).exists():
-        raise BadInput(f"{target} holds files that were not saved by fedelta; name a new folder, or empty this one")
-
-
-def _replace(part: Path, target: Path) -> None:
-    """Rename `part` to `target`. A kill leaves the old folder, the new one or, for a moment, none; never a half one."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(part, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _located(source: str) -> str:
@@ -223,8 +211,8 @@ def _check_model_folder(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
-    if (folder / "adapter_config.json").exists():
-        raise BadInput(f"{source!r} holds LoRA factors, not a model; start from a model that was saved merged")
+    if (folder / "adapter_config.json").exists() or (folder / "adapters.json").exists():
+        raise BadInput(f"{source!r} holds an adapter, not a model; start from a model that was saved whole or merged")
     if not (folder / "config.json").exists():
         raise BadInput(f"{source!r} is not a model folder, it has no config.json; give the folder that has one")
 
@@ -251,24 +239,3 @@ def _sentence(what: str) -> Iterator[None]:
         raise BadInput(
             f"{what} ({first}); check the spelling, or download it where there is a network and give its folder"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a report of new weights and a bar of loaded ones; downloads keep their bars."""
-    from transformers.utils import logging as output
-
-    verbosity = output.get_verbosity()
-    hook = output.set_tqdm_hook(_without_bar)
-    output.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        output.set_verbosity(verbosity)
-        output.set_tqdm_hook(hook)
-
-
-def _without_bar(_: object, args: tuple[Iterable[object], ...], kwargs: Mapping[str, object]) -> Any:
-    from transformers.utils.logging import EmptyTqdm
-
-    return EmptyTqdm(*args, **kwargs)  # type: ignore[no-untyped-call]

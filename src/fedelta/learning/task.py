@@ -1,7 +1,9 @@
 """A task: a model and what it is trained for."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,9 +13,16 @@ from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
 from fedelta.core.seeds import seeded
 from fedelta.learning.cohort import CohortModel
+from fedelta.learning.cut import Cut
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Objective
 from fedelta.learning.plan import Plan
+from fedelta.learning.structure import is_hugging_face
+
+M = TypeVar("M", FlatModel, CohortModel)
+
+# settings of transformers: the caches of Llama and the like, those of XLNet, and the SpecAugment of Wav2Vec2
+_ASIDE = ("use_cache", "use_mems_eval", "apply_spec_augment")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,10 +30,13 @@ class Task:
     """`model` builds the module, with `requires_grad` set on what is trained and shared.
 
     It must build the same module whenever PyTorch's global generators are seeded alike: what is frozen does not travel.
+    Where the head alone is trained (`Head`), it is trained on features that are computed once (see `cut.py`).
     """
 
     model: Callable[[], nn.Module]
     objective: Objective
+    features: Path | None = field(default=None, metadata={"digest": False})  # folder that keeps features; None: memory
+    cut: bool = field(default=True, metadata={"digest": False})  # False: the whole model computes in every step
 
     def build(self, seed: int) -> nn.Module:
         """A new module, its random weights drawn for `seed`."""
@@ -37,7 +49,7 @@ class Task:
         key = (seed, plan.device, bool(plan.channels_last))
         if key not in copies:
             copies.clear()  # a sweep over seeds keeps one model, not all
-            copies[key] = FlatModel(self.build(seed), plan.device, channels_last=bool(plan.channels_last))
+            copies[key] = _flat(_bare(self.build(seed)), plan)
         return copies[key]
 
     def cohort(self, seed: int, plan: Plan) -> CohortModel:
@@ -46,8 +58,31 @@ class Task:
         key = (seed, plan.device)
         if key not in models:
             models.clear()
-            models[key] = CohortModel(self.build(seed), plan.device)
+            models[key] = CohortModel(_bare(self.build(seed)), plan.device)
         return models[key]
+
+    def flat_on(self, examples: Examples, seed: int, plan: Plan) -> tuple[FlatModel, Examples]:
+        """What is trained on which rows: `flat` on the examples, or a copy of its head on their features."""
+        model = self.flat(seed, plan)
+        pair = self._halves(model, examples, plan, lambda head: _flat(head, plan))
+        return (model, examples) if pair is None else (pair[1], pair[0].rows(examples))
+
+    def cohort_on(self, sites: Sequence[Examples], seed: int, plan: Plan) -> tuple[CohortModel, list[Examples]]:
+        """As `flat_on`, for sites that are trained at once, with examples of one form; there is at least one."""
+        model = self.cohort(seed, plan)
+        pair = self._halves(model, sites[0], plan, lambda head: CohortModel(head, plan.device))
+        return (model, list(sites)) if pair is None else (pair[1], [pair[0].rows(examples) for examples in sites])
+
+    def _halves(self, model: M, examples: Examples, plan: Plan, make: Callable[[nn.Module], M]) -> tuple[Cut, M] | None:
+        """The model in two, where it can be cut and is to be; decided on the first examples that it meets."""
+        if not self.cut or not len(examples):
+            return None
+        cuts = _cuts.setdefault(model, {})
+        if plan.bf16 not in cuts:
+            cut = Cut.of(model.module, examples, plan, self.features)
+            cuts[plan.bf16] = None if cut is None else (cut, make(cut.head()))
+        pair: tuple[Cut, M] | None = cuts[plan.bf16]
+        return pair
 
     def check(self, examples: Examples) -> tuple[object, ...]:
         """The form of these examples; raises BadInput if they cannot be learned. The same object is checked once."""
@@ -64,6 +99,25 @@ class Task:
         return checked.setdefault(examples, examples.form)
 
 
+def _flat(module: nn.Module, plan: Plan) -> FlatModel:
+    return FlatModel(module, plan.device, channels_last=bool(plan.channels_last))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without what it does besides its outputs: caches, and masks from NumPy's global generator.
+
+    That is for the copies that are trained and evaluated; what is saved keeps its settings.
+    """
+    for part in module.modules():
+        if is_hugging_face(part):
+            for name in _ASIDE:
+                if getattr(part.config, name, False) is True:
+                    setattr(part.config, name, False)
+    return module
+
+
 _working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()
 _cohort_models: WeakKeyDictionary[Task, dict[tuple[int, str], CohortModel]] = WeakKeyDictionary()
 _checked: WeakKeyDictionary[Task, WeakKeyDictionary[Examples, tuple[object, ...]]] = WeakKeyDictionary()
+# whether in bf16 -> a cut and its head, or None
+_cuts: WeakKeyDictionary[FlatModel | CohortModel, dict[bool, Any]] = WeakKeyDictionary()

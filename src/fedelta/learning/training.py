@@ -17,10 +17,11 @@ from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Objective
 from fedelta.learning.optimizers import Constant, Optimizer, Schedule
 from fedelta.learning.plan import Plan
-from fedelta.learning.text import trim
+from fedelta.learning.text import per_token, trim
 from fedelta.learning.tuning import train_mode
 
 PLAIN = Plan().plain
+_TOKENS = 4096  # with targets, evaluated at a time: 0.8 GB of outputs over GPT-2's vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def train(
             model.gradient.zero_()
             with autocast(plan):
                 measured = objective.measure(predict(model.module, batch.inputs), batch.targets)
-                loss = measured["loss"].sum() / measured["examples"].sum()
+                loss = measured["loss"].sum() / measured["examples"].sum().clamp(min=1.0)
             loss.backward()  # type: ignore[no-untyped-call]
             if start is not None:
                 model.gradient.add_(weights - start, alpha=proximal)
@@ -100,10 +101,16 @@ def train(
 def evaluate(
     model: FlatModel, examples: Examples, objective: Objective, plan: Plan = PLAIN, *, batch: int = 256
 ) -> dict[str, float]:
-    """The sums of the objective over `examples`, with the model as it is and in evaluation mode."""
+    """The sums of the objective over `examples`, with the model as it is and in evaluation mode.
+
+    `batch` is at most how many rows go through the model at a time; where every token has a target, and so a row of
+    outputs as wide as a vocabulary may be, they are fewer.
+    """
+    if per_token(examples.targets):
+        batch = max(1, min(batch, _TOKENS // max(1, examples.targets.shape[1])))
     totals: dict[str, Tensor] = {}
     model.module.eval()
-    for rows in torch.split(_by_length(examples), batch):
+    for rows in torch.split(by_length(examples), batch):
         part = prepared(examples[rows], plan)
         with autocast(plan):
             _add(totals, objective.measure(predict(model.module, part.inputs), part.targets))
@@ -120,8 +127,9 @@ def predict(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
 
 def prepared(batch: Examples, plan: Plan) -> Examples:
     """A batch on the plan's device and in its memory format, texts cut to the longest of them."""
+    batch = trim(batch)
     inputs = {}
-    for name, tensor in trim(batch.inputs).items():
+    for name, tensor in batch.inputs.items():
         tensor = tensor.to(plan.device)
         if plan.channels_last and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -151,7 +159,7 @@ def _add(totals: dict[str, Tensor], measured: Mapping[str, Tensor]) -> None:
         totals[name] = totals[name] + value if name in totals else value
 
 
-def _by_length(examples: Examples) -> Tensor:
+def by_length(examples: Examples) -> Tensor:
     """Rows in order of their length, so that texts are padded little; as they come where there is no mask."""
     mask = examples.inputs.get("attention_mask")
     return torch.arange(len(examples)) if mask is None else mask.sum(dim=1).argsort(stable=True)

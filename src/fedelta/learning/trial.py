@@ -89,7 +89,7 @@ class _Clock:
 
     def _images(self, plan: Plan) -> bool:
         """Whether the memory format matters and is open."""
-        filters = any(isinstance(part, nn.Conv2d) for part in self.task.flat(self.seed, plan).module.modules())
+        filters = any(isinstance(part, nn.Conv2d) for part in self._trained(plan).modules())
         return plan.channels_last is None and filters
 
     def _against(self, plan: Plan, at_most: int) -> str | None:
@@ -100,19 +100,22 @@ class _Clock:
             return None
         if at_most < _FEW:
             return "too few sites work at the same time"
-        return one_by_one(self.task.flat(self.seed, plan).module)
+        return one_by_one(self._trained(plan))
+
+    def _trained(self, plan: Plan) -> nn.Module:
+        return self.task.flat_on(self.sites[0], self.seed, plan)[0].module
 
     def _alone(self, plan: Plan) -> None:
-        model = self.task.flat(self.seed, plan)
+        model, rows = self.task.flat_on(self.sites[0], self.seed, plan)
         model.load(self.start)
-        train(model, self.sites[0], self.task.objective, self.training, plan, round=1, seed=self.seed)
+        train(model, rows, self.task.objective, self.training, plan, round=1, seed=self.seed)
         model.read()
 
     def _together(self, plan: Plan, size: int) -> None:
         alike = [site for site in self.sites if site.form == self.sites[0].form]
         sites = list(islice(cycle(alike), size))
-        cohort = Cohort(rows=Examples.cat(sites), sizes=[len(site) for site in sites], seeds=range(size))
-        model = self.task.cohort(self.seed, plan)
+        model, rows = self.task.cohort_on(sites, self.seed, plan)
+        cohort = Cohort(rows=Examples.cat(rows), sizes=[len(site) for site in sites], seeds=range(size))
         train_many(model, self.start, cohort, self.task.objective, self.training, plan, round=1)
 
     def _fastest(self, work: Callable[[], None], sites: int) -> float:

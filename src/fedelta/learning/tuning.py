@@ -1,26 +1,33 @@
-"""What of a pre-trained model is trained and shared: everything, its head, or LoRA factors.
+"""What of a pre-trained model is trained and shared: everything, or tensors that it has already.
 
 A tuning sets `requires_grad`; what has it travels (see `fedelta.core.parameters`). All else stays at every party as it
 was pre-trained. That includes the running statistics of frozen normalisation layers, so a module is put into training
-mode by `train_mode`, not by `module.train()`.
+mode by `train_mode`, not by `module.train()`. Tunings that add tensors are in `lora`, `prompts` and `bottleneck`.
 
-LoRA is Hu et al., ICLR 2022, section 4.1: W + (alpha / rank) B A, with B = 0 at the start; `peft` does it.
-Limits: dropout that a model calls as a function follows the training flag of the module that calls it.
+`BitFit` is Ben Zaken et al., ACL 2022. `HeadAndNorms` is what Frankle et al., ICLR 2021, find for BatchNorm and
+Zhao et al., ICLR 2024, for LayerNorm.
+Limits: dropout that a model calls as a function follows the training flag of the module that calls it. The head of a
+language model is pre-trained and as wide as the vocabulary: only `Full`, and `Head` where it is not tied, train it.
 """
 
-import math
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedelta.core.errors import BadInput
+from fedelta.learning.structure import (
+    blocks_of,
+    head_of,
+    is_language_model,
+    is_normalisation,
+    listing,
+    new_head_of,
+    outermost,
+    within,
+)
 
 _EVALUATES = "_fedelta_evaluates"  # attribute of the modules that stay in evaluation mode
 
@@ -58,92 +65,70 @@ class Head:
         modules = dict(module.named_modules())
         for name in trained:
             if name not in modules:
-                raise BadInput(f"{type(module).__name__} has no part {name!r}; {_listing(_with_parameters(module))}")
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(_within(name, trained))
-        for name, part in modules.items():
-            holds_trained = not name or any(_within(other, (name,)) for other in trained)
-            setattr(part, _EVALUATES, not holds_trained and not _within(name, trained))
+                raise BadInput(f"{type(module).__name__} has no part {name!r}; {listing(_with_parameters(module))}")
+        _train_on_features(module, trained)
         return _checked(self, module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoRA:
-    """Low-rank factors beside frozen weights.
+class LastLayers:
+    """The last `count` blocks, what follows them (a last normalisation, a pooler) and the head.
 
-    `targets` are names, or ends of names, of linear, convolution or embedding layers. By default they are what peft
-    recommends for the type of model, otherwise every linear layer outside the head (and every convolution, for a module
-    that is not of Hugging Face or has no linear layer). With `head`, the head is trained and saved as well.
+    Blocks are the elements of the model's lists of modules: layers of a transformer, stages of a ResNet. What is before
+    them is frozen and stays in evaluation mode, as with `Head`.
     """
 
-    rank: int = 8
-    alpha: float = 16.0  # the product of the factors is scaled by alpha / rank
-    dropout: float = 0.0  # of what the factors read
-    targets: tuple[str, ...] = ()
-    head: bool = True
+    count: int = 1
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise BadInput(f"LoRA.rank must be >= 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise BadInput(f"LoRA.alpha must be > 0 and finite, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"LoRA.dropout must be in [0, 1), got {self.dropout}")
+        if self.count < 1:
+            raise BadInput(f"LastLayers.count must be >= 1, got {self.count}; use Head() for the head alone")
 
     def apply(self, module: nn.Module, fresh: Sequence[str] = ()) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
+        head, output = new_head_of(module), _output_layer(module)
+        blocks = blocks_of(module, head or output)
+        if len(blocks) < self.count:
+            raise BadInput(
+                f"{self} asks for more blocks than the {len(blocks)} that {type(module).__name__} has; lower the count"
+            )
+        order = [name for name, part in module.named_modules() if any(True for _ in part.parameters())]
+        follow = [
+            name
+            for name in order[order.index(blocks[-self.count]) :]
+            if not _holds(name, [*blocks, *output]) and not within(name, output)
+        ]
+        _train_on_features(module, [*follow, *head, *fresh])
+        return _checked(self, module)
 
-        kept = _outermost(module, (*(head_of(module) if self.head else ()), *fresh))
-        places, pattern = self._places(module, kept)
-        saved_by_peft = _is_hugging_face(module)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # declared an int, used as a factor
-            lora_dropout=self.dropout,
-            target_modules=pattern,
-            # means every module whose name ends so: exact for the names of a Hugging Face head, not for a plain "4"
-            modules_to_save=kept if saved_by_peft and kept else None,
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BitFit:
+    """All biases and the head. A BatchNorm whose bias is trained goes on with its statistics, which travel with it."""
+
+    def apply(self, module: nn.Module, fresh: Sequence[str] = ()) -> nn.Module:
+        return _train_scattered(self, module, fresh, "biases", lambda _, name: name == "bias" or name.endswith("_bias"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadAndNorms:
+    """The head and all normalisation layers. The statistics of BatchNorm are updated in training, and travel."""
+
+    def apply(self, module: nn.Module, fresh: Sequence[str] = ()) -> nn.Module:
+        return _train_scattered(
+            self, module, fresh, "trainable normalisation layers", lambda owner, _: is_normalisation(owner)
         )
-        _leave_fast_path(module)
-        with _without_noise_of_peft():
-            try:
-                adapted = get_peft_model(module, config)
-            except ValueError as error:
-                raise BadInput(f"peft cannot put {self} on {places[0]!r} and the like: {error}") from error
-        if not saved_by_peft:
-            for name in kept:
-                module.get_submodule(name).requires_grad_(True)
-        return adapted
 
-    def _places(self, module: nn.Module, kept: Sequence[str]) -> tuple[list[str], list[str] | str]:
-        """The layers that get factors, by full name, and how to tell peft."""
-        outside = {name: part for name, part in module.named_modules() if name and not _within(name, kept)}
-        possible = {name: part for name, part in outside.items() if _adaptable(part)}
-        ends: list[str] | str = list(self.targets)
-        for target in self.targets:
-            if not any(_ends(name, [target]) for name in possible):
-                layers = sorted({name.rpartition(".")[2] for name in possible})
-                raise BadInput(
-                    f"LoRA target {target!r} is no layer of {type(module).__name__} that can have factors; "
-                    f"{_listing(layers)}"
-                )
-        if not self.targets:
-            ends = _recommended(module)
-        places = [name for name in possible if _ends(name, ends)]
-        if not places:
-            places = _linear(module, possible)
-            ends = sorted({name.rpartition(".")[2] for name in places})
-        if not places:
-            raise BadInput(f"{type(module).__name__} has no layer outside its head for LoRA; use Head() or Full()")
-        says_the_same = [name for name in outside if _ends(name, ends)] == places
-        return places, ends if says_the_same else _exactly(places)
+
+def evaluates(part: nn.Module) -> bool:
+    """Whether a tuning keeps `part` in evaluation mode."""
+    return bool(getattr(part, _EVALUATES, False))
 
 
 def train_mode(module: nn.Module) -> None:
     """Put `module` into training mode, except what a tuning froze for good: features under `Head`, and statistics."""
     module.train()
     for part in module.modules():
-        if getattr(part, _EVALUATES, False):
+        if evaluates(part):
             part.eval()
     freeze_statistics(module)
 
@@ -161,105 +146,52 @@ def freeze_statistics(module: nn.Module) -> None:
             part.eval()
 
 
-def head_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the sub-modules that make the head. Raises BadInput for a model that has none."""
-    prefix = getattr(module, "base_model_prefix", "")
-    if not _is_hugging_face(module):
-        owners = [name for name, part in module.named_modules() if name and list(part.parameters(recurse=False))]
-        if owners:
-            return (owners[-1],)
-    elif prefix and isinstance(getattr(module, prefix, None), nn.Module):
-        head = tuple(name for name, _ in module.named_children() if name != prefix)
-        if head:
-            return head
-    raise BadInput(f"{type(module).__name__} has no head apart from its body; load a model that has one, or use Full()")
+def _train_on_features(module: nn.Module, trained: Sequence[str]) -> None:
+    """Train the parts named, and keep all others in evaluation mode."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(within(name, trained))
+    for name, part in module.named_modules():
+        setattr(part, _EVALUATES, bool(name) and not _holds(name, trained) and not within(name, trained))
 
 
-def _recommended(module: nn.Module) -> list[str] | str:
-    """What peft recommends for this type of Hugging Face model: ends of names, or a regular expression."""
-    from peft.utils import constants
-
-    known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    ends = known.get(getattr(getattr(module, "config", None), "model_type", ""), [])
-    return ends if isinstance(ends, str) else list(ends)
-
-
-def _linear(module: nn.Module, possible: dict[str, nn.Module]) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    linear = [name for name, part in possible.items() if isinstance(part, nn.Linear | Conv1D)]
-    if linear and _is_hugging_face(module):
-        return linear
-    convolutions = [name for name, part in possible.items() if isinstance(part, nn.Conv2d) and part.groups == 1]
-    return [name for name in possible if name in {*linear, *convolutions}]
+def _train_scattered(
+    tuning: Tuning, module: nn.Module, fresh: Sequence[str], what: str, chosen: Callable[[nn.Module, str], bool]
+) -> nn.Module:
+    """Train the head, and everywhere else the parameters that are `chosen` by their owner and their name in it."""
+    kept = outermost(module, (*new_head_of(module), *fresh))
+    found = False
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            in_head = within(prefix, kept)
+            parameter.requires_grad_(in_head or chosen(owner, name))
+            found = found or (not in_head and parameter.requires_grad)
+    if not found:
+        raise BadInput(f"{type(module).__name__} has no {what} outside its head for {tuning}; use LoRA() or Head()")
+    return module
 
 
-def _adaptable(part: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
-    # nn.MultiheadAttention reads the weight of its output layer without calling the layer: factors would do nothing.
-    return isinstance(part, kinds) and not isinstance(part, NonDynamicallyQuantizableLinear)
-
-
-def _leave_fast_path(module: nn.Module) -> None:
-    """Have `nn.TransformerEncoderLayer` call its layers in evaluation too: its fast path reads their bare weights."""
-    for part in module.modules():
-        if isinstance(part, nn.TransformerEncoderLayer):
-            part.activation_relu_or_gelu = 0
-        elif isinstance(part, nn.TransformerEncoder):
-            part.use_nested_tensor = False
+def _output_layer(module: nn.Module) -> tuple[str, ...]:
+    """The layer of a language model whose outputs are over the vocabulary."""
+    if not is_language_model(module):
+        return ()
+    output = module.get_output_embeddings()  # type: ignore[operator]
+    return tuple(name for name, part in module.named_modules() if part is output)
 
 
 def _keeps_statistics(part: nn.Module) -> bool:
     return isinstance(part, _NormBase) or hasattr(part, "running_mean") or hasattr(part, "running_var")
 
 
-def _is_hugging_face(module: nn.Module) -> bool:
-    return hasattr(module, "base_model_prefix")
-
-
-def _outermost(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """The modules among `names` that have parameters, less those inside another one."""
-    distinct = [name for name in dict.fromkeys(names) if any(True for _ in module.get_submodule(name).parameters())]
-    return [name for name in distinct if not _within(name, [other for other in distinct if other != name])]
-
-
-def _within(name: str, parts: Iterable[str]) -> bool:
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def _ends(name: str, ends: Sequence[str] | str) -> bool:
-    """Whether peft would take `name` for a target."""
-    if isinstance(ends, str):
-        return re.fullmatch(ends, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in ends)
-
-
-def _exactly(names: Iterable[str]) -> str:
-    return f"({'|'.join(re.escape(name) for name in names)})"
+def _holds(name: str, parts: Sequence[str]) -> bool:
+    """Whether one of `parts` is inside the part `name`."""
+    return any(part != name and within(part, (name,)) for part in parts)
 
 
 def _with_parameters(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if name and any(True for _ in part.parameters())]
 
 
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"it has {', '.join(names[:12])}{more}" if names else "it has none"
-
-
 def _checked(tuning: Tuning, module: nn.Module) -> nn.Module:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise BadInput(f"{tuning} leaves nothing of {type(module).__name__} to train; use another tuning")
     return module
-
-
-@contextmanager
-def _without_noise_of_peft() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # peft asks transformers for an attribute that transformers has renamed
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        # peft finds out by itself that GPT-2's layers store their weights transposed, and says so
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*", category=UserWarning)
-        yield

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedelta.observe.intervals import interval
-from fedelta.observe.series import Method, Run, mean_curve, metric_names, series
+from fedelta.observe.series import Gain, Method, Run, mean_curve, metric_names, series
 from fedelta.observe.text import bytes_text, is_share, metric_text, quantity
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ _STYLE: dict[Any, Any] = {
     "errorbar.capsize": 2.5,
 }
 _MAX_BARS = 60
+_NAMED = 40  # bars with their names under them
+FEW = 8  # bars that fit into half of a page
 
 
 def metric_plot(run: Run, what: str) -> "Figure":
@@ -105,18 +107,25 @@ def seconds_plot(run: Run) -> "Figure":
 def comparison_plot(methods: Sequence[Method], metric: str, by: str = "round") -> "Figure":
     """A metric by "round" or by "bytes" sent per site: the mean over the seeds and, as a band, its 95% interval.
 
-    Methods without runs are drawn as horizontal lines (by round only).
+    A method has its own colour, also in plots of a metric that those before it do not have.
+
+    References are drawn as horizontal lines (by round only).
     """
     curves = [(method, mean_curve(method, metric)) for method in methods if method.runs]
     xlabel = "round" if by == "round" else "sent per site"
     with _axes(xlabel, metric.replace("_", " ")) as (figure, axes):
         for position, (method, curve) in enumerate(curves):
+            if not curve.rounds:
+                continue
             x = curve.rounds if by == "round" else curve.sent
             _line(axes, position, x, [value.mean for value in curve.values], method.name)
             if len(method.runs) > 1:
                 lows, highs = [value.low for value in curve.values], [value.high for value in curve.values]
-                axes.fill_between(x, lows, highs, color=COLOURS[position % len(COLOURS)], alpha=0.16, linewidth=0)
-        references = [method for method in methods if not method.runs] if by == "round" else []
+                colour = COLOURS[position % len(COLOURS)]
+                axes.fill_between(x, lows, highs, color=colour, alpha=0.16, linewidth=0)
+                if len(x) == 1:  # no band is to be seen
+                    axes.vlines(x, lows, highs, color=colour, linewidth=1)
+        references = [method for method in methods if method.reference and not method.runs] if by == "round" else []
         for position, method in enumerate(references):
             level, dashes = interval(method.scores).mean, _DASHES[position % len(_DASHES)]
             axes.axhline(level, color=MUTED, linestyle=dashes, linewidth=1.3, label=method.name)
@@ -158,6 +167,38 @@ def comparison_bars(methods: Sequence[Method], metric: str) -> "Figure":
             axes.set_xlim(0, max(1.0, *(score.high + 0.1 for score in scores)))
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
             _percent(axes.xaxis)
+    return figure
+
+
+def gain_bars(gains: Sequence[Gain], metric: str) -> "Figure":
+    """What each site gains, the most first: a bar for the mean over the seeds, a whisker for its 95% interval.
+
+    Sites that lose have bars of another colour, downwards. Beyond 8 sites the figure is a wide one, beyond 40 there are
+    no names.
+    """
+    ordered = sorted(gains, key=lambda gain: -gain.mean.mean)
+    means = [gain.mean for gain in ordered]
+    places = list(range(len(ordered)))
+    named = len(ordered) <= _NAMED
+    what = metric.replace("_", " ")
+    label = f"gain in {what} (points)" if is_share(metric) else f"{what} less by"
+    scale = 100 if is_share(metric) else 1
+    width = 11.0 if len(ordered) > FEW else 5.2
+    with _axes("" if named else "sites, the largest gain first", label, width=width) as (figure, axes):
+        for colour, name, wanted in ((COLOURS[0], "gains", True), (COLOURS[1], "loses", False)):
+            own = [(place, mean) for place, mean in zip(places, means, strict=True) if (mean.mean >= 0) == wanted]
+            heights = [scale * mean.mean for _, mean in own]
+            axes.bar([place for place, _ in own], heights, 0.72, color=colour, label=name, linewidth=0)
+        for place, mean in zip(places, means, strict=True):
+            if mean.half is not None and len(places) <= _MAX_BARS:
+                axes.errorbar(place, scale * mean.mean, yerr=scale * mean.half, color=INK, linewidth=1, capthick=1)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set_xlim(-0.6, max(len(places), 4) - 0.4)  # a bar as wide as the plot says nothing more
+        crowded = len(places) * max((len(gain.site) for gain in ordered), default=0) > 9 * width  # letters
+        names = [gain.site for gain in ordered] if named else []
+        axes.set_xticks(
+            places if named else [], names, rotation=45 if crowded else 0, ha="right" if crowded else "center"
+        )
     return figure
 
 

@@ -9,8 +9,16 @@ from fedelta.core.messages import Plain
 from fedelta.core.program import Report
 from fedelta.observe.intervals import Interval, interval
 from fedelta.observe.page import Page, Plot, Section, Table
-from fedelta.observe.plots import bytes_plot, comparison_bars, comparison_plot, metric_plot, seconds_plot
-from fedelta.observe.series import Method, Run, final, metric_names, rounds_to, series
+from fedelta.observe.plots import (
+    FEW,
+    bytes_plot,
+    comparison_bars,
+    comparison_plot,
+    gain_bars,
+    metric_plot,
+    seconds_plot,
+)
+from fedelta.observe.series import Gain, Method, Run, final, metric_names, rounds_to, series
 from fedelta.observe.text import bytes_text, is_share, metric_text, number_text, plural, quantity, seconds_text
 
 _ROWS = 50  # of a table by site; the run folder has the rest
@@ -49,12 +57,14 @@ def comparison_page(
     metric: str,
     target: float | None = None,
     summary: Sequence[str] = (),
+    facts: Sequence[tuple[str, str]] = (),
     sections: Sequence[Section] = (),
     manifest: Mapping[str, Plain] | None = None,
 ) -> Page:
-    """The page that compares methods by `metric`, a metric of their reports of which more is better.
+    """The page that compares methods by `metric`, a metric of their reports.
 
-    `target` is the value of the metric to which rounds are counted. `sections` come after the comparison.
+    `target` is the value of the metric to which rounds are counted; it is for one of which more is better. `sections`
+    come after the comparison.
     """
     if not methods:
         raise BadInput("a comparison needs at least one method")
@@ -65,23 +75,26 @@ def comparison_page(
         wide=True,
     )
     compared = Section(heading="Comparison", tables=[comparison_table(methods, metric, target)], plots=[bars])
-    curves = []
-    if any(method.runs for method in methods):
-        shown = "mean over the seeds; the band is its 95% interval"
-        curves = [
-            Plot(figure=comparison_plot(methods, metric, "round"), caption=f"{name.capitalize()} by round: {shown}."),
-            Plot(
-                figure=comparison_plot(methods, metric, "bytes"), caption=f"{name.capitalize()} by bytes sent: {shown}."
-            ),
-        ]
-    progress = [Section(heading="Progress", plots=curves)] if curves else []
     how = [_how(manifest)] if manifest else []
     return Page(
         title=title,
         summary=summary,
-        sections=[compared, *progress, *sections, *how],
+        facts=facts,
+        sections=[compared, *_curves(methods, metric), *sections, *how],
         footer=_version(manifest),
     )
+
+
+def _curves(methods: Sequence[Method], metric: str) -> list[Section]:
+    if not any(method.runs for method in methods):
+        return []
+    name, shown = metric.replace("_", " ").capitalize(), "mean over the seeds; the band is its 95% interval"
+    by_round, by_bytes = (comparison_plot(methods, metric, by) for by in ("round", "bytes"))
+    plots = [
+        Plot(figure=by_round, caption=f"{name} by round: {shown}."),
+        Plot(figure=by_bytes, caption=f"{name} by bytes sent: {shown}."),
+    ]
+    return [Section(heading="Progress", plots=plots)]
 
 
 def comparison_table(methods: Sequence[Method], metric: str, target: float | None = None) -> Table:
@@ -117,12 +130,64 @@ def interval_text(metric: str, value: Interval) -> str:
     return f"{text} ± {100 * value.half:.1f}" if is_share(metric) else f"{text} ± {number_text(value.half)}"
 
 
+def difference_text(metric: str, value: Interval, sign: str = "+") -> str:
+    """ "+21.3 ± 4.0 points" of a share, "-0.0312 ± 0.0021" of anything else; `sign` is put before what is above 0."""
+
+    def number(difference: float) -> str:
+        return f"{100 * difference:z.1f}" if is_share(metric) else number_text(difference)
+
+    spread = "" if value.half is None else f" ± {number(value.half)}"
+    unit = " points" if is_share(metric) else ""
+    return f"{sign if value.mean > 0 else ''}{number(value.mean)}{spread}{unit}"
+
+
+def gains_text(gains: Sequence[Gain]) -> str:
+    """ "5 of 8 sites gain (4 clearly), 3 lose (none clearly)"."""
+    gaining, losing = ([g for g in gains if sign * g.mean.mean > 0] for sign in (1, -1))
+    spread = any(gain.mean.half is not None for gain in gains)
+    gained, lost = (
+        f" ({sum(gain.clear for gain in part) or 'none'} clearly)" if part and spread else ""
+        for part in (gaining, losing)
+    )
+    gain, lose = ("s" * (len(part) == 1) for part in (gaining, losing))
+    return (
+        f"{len(gaining) or 'none'} of {plural(len(gains), 'site')} gain{gain}{gained}, "
+        f"{len(losing) or 'none'} lose{lose}{lost}"
+    )
+
+
+def gain_section(gains: Sequence[Gain], table: Table, *, metric: str, text: Sequence[str] = ()) -> Section:
+    """Who gains and who loses: a bar a site, and the `table` of what lies behind it."""
+    caption = f"{gains_text(gains)}."
+    if any(gain.mean.half is not None for gain in gains):
+        caption += " Whiskers: 95% intervals over the seeds; clearly: they leave zero out."
+    plots = [Plot(figure=gain_bars(gains, metric), caption=caption, wide=len(gains) > FEW)] if gains else []
+    return Section(heading="By site", text=text, tables=[table], plots=plots)
+
+
+def drift_section(methods: Sequence[Method], metric: str) -> Section | None:
+    """How far apart the sites pull, by round; None if no method has that metric."""
+    known = [method for method in methods if method.runs]
+    if not any(series(run, metric) for method in known for run in method.runs):
+        return None
+    text = (
+        "The dissimilarity of Li et al. (FedProx, MLSys 2020, Definition 3), with the sites' updates in the place of "
+        "their gradients: the root of the weighted mean of their squared norms, divided by the norm of the aggregate. "
+        "1: all sites move alike. The larger, the more of what the sites learn cancels out in the mean."
+    )
+    plot = Plot(
+        figure=comparison_plot(known, metric, "round"), caption="Mean over the seeds; the band is its 95% interval."
+    )
+    return Section(heading="Drift between the sites", text=[text], plots=[plot])
+
+
 def _rounds_text(method: Method, metric: str, target: float) -> str:
     if not method.runs:
         return "–"
     reached = [rounds for run in method.runs if (rounds := rounds_to(run, metric, target)) is not None]
     if not reached:
-        return f"not in {max(run[-1].round for run in method.runs)}"
+        most = max(run[-1].round for run in method.runs)
+        return f"not in {most}" if most else "–"
     same = min(reached) == max(reached)
     text = str(reached[0]) if same else f"{min(reached)}–{max(reached)}"
     if len(reached) < len(method.runs):  # a mean without the runs that never got there would flatter

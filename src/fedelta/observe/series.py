@@ -24,6 +24,7 @@ class Method:
     scores: Sequence[float]
     runs: Sequence[Run] = ()
     sites: int = 1
+    reference: bool = True  # if it has no runs: whether it is a line in plots by round
 
     def __post_init__(self) -> None:
         if not self.scores or self.sites < 1:
@@ -49,6 +50,27 @@ class Method:
     def received(self) -> Interval | None:
         """Bytes that a site received over the whole run, over the seeds."""
         return interval([sum(r.bytes_down for r in run) / self.sites for run in self.runs]) if self.runs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What a site gains by one method over another: the difference of their scores, for each seed.
+
+    Where less is better, as of a loss, it is how much less.
+    """
+
+    site: str
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> Interval:
+        return interval(self.values)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the 95% interval leaves zero out; of one seed it never does."""
+        mean = self.mean
+        return mean.half is not None and (mean.low > 0 or mean.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Runs the jobs of the demo in processes of one thread each.
+"""Runs jobs, which report as they go, in processes of one thread each.
 
-Jobs are independent but for the model that they start from, so whole jobs are dealt out, in their order, to whoever is
-free; reports come back as they are made. Limits: POSIX systems; one job needs no more than one process.
+Jobs are independent but for the result of another one that some start from, so whole jobs are dealt out, in their
+order, to whoever is free; reports come back as they are made. Limits: POSIX systems; one job needs no more than one
+process; where processes are not forked (not Linux), the work has to be a function of a module.
 """
 
 import multiprocessing
@@ -9,59 +10,90 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
-from fedelta.cli.demo_methods import Job, train
+from fedelta.core.children import leave_with_the_parent, started_quietly
 from fedelta.core.errors import FedeltaError
 from fedelta.core.program import Report
-from fedelta.fleet.children import leave_with_the_parent, started_quietly
 
 _PATIENCE_S = 2.0  # for a process that was told to end
 
 
+class Job(Hashable, Protocol):
+    """One run of a method: a value that can be pickled."""
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def site(self) -> str | None:
+        """The one that trains, where one does alone."""
+        ...
+
+    @property
+    def rounds(self) -> int:
+        """The number of its last round; at least 1."""
+        ...
+
+    @property
+    def start(self) -> "Job | None":
+        """The job whose result this one starts from."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
+Work = Callable[[J, bytes | None], Generator[Report, None, bytes]]  # of a job and the result that it starts from
+
+
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A job is over; `model` is a network's state dict as one message of the codec."""
+    """A job is over, with what the work returned."""
 
-    model: bytes
+    result: bytes
 
 
 @dataclass(eq=False)
-class _Worker:
+class _Worker(Generic[J]):
     process: BaseProcess
     pipe: connection.Connection
-    job: Job | None = None
+    job: J | None = None
 
 
 @dataclass
-class _Bench:
-    """The jobs that wait, in their order, and the models that they wait for."""
+class _Bench(Generic[J]):
+    """The jobs that wait, in their order, and the results that they wait for."""
 
-    waiting: list[Job]
-    models: dict[Job, bytes] = field(default_factory=dict)
+    waiting: list[J]
+    results: dict[Job, bytes] = field(default_factory=dict)
 
-    def take(self) -> tuple[Job, bytes | None] | None:
-        """The first job that can begin, with the model that it starts from."""
+    def take(self) -> tuple[J, bytes | None] | None:
+        """The first job that can begin, with the result that it starts from."""
         for job in self.waiting:
-            if job.start is None or job.start in self.models:
+            if job.start is None or job.start in self.results:
                 self.waiting.remove(job)
-                return job, None if job.start is None else self.models[job.start]
+                return job, None if job.start is None else self.results[job.start]
         return None
 
 
-class Processes:
+class Processes(Generic[J]):
     """`workers` processes (0: this one), to be used in a `with`; leaving it ends them, whatever they are busy with."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, work: Work[J], workers: int) -> None:
+        self._work = work
         self._count = workers
-        self._workers: list[_Worker] = []
+        self._workers: list[_Worker[J]] = []
 
     def __enter__(self) -> Self:
         forks = sys.platform == "linux"
@@ -70,7 +102,7 @@ class Processes:
             for _ in range(self._count):
                 ours, theirs = multiprocessing.Pipe()
                 inherited = [*(worker.pipe for worker in self._workers), ours] if forks else []
-                process = context.Process(target=_serve, args=(theirs, inherited), daemon=True)
+                process = context.Process(target=_serve, args=(self._work, theirs, inherited), daemon=True)
                 process.start()
                 theirs.close()
                 self._workers.append(_Worker(process, ours))
@@ -88,7 +120,7 @@ class Processes:
                 worker.process.kill()
                 worker.process.join()
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Report | Done]]:
+    def run(self, jobs: Sequence[J]) -> Iterator[tuple[J, Report | Done]]:
         """Run all jobs; yields what happens as it happens.
 
         A job must come after the one that it starts from. Raises the FedeltaError of a job, RuntimeError for a bug.
@@ -96,19 +128,19 @@ class Processes:
         bench = _Bench(list(jobs))
         yield from self._here(bench) if not self._workers else self._there(bench)
 
-    def _here(self, bench: _Bench) -> Iterator[tuple[Job, Report | Done]]:
+    def _here(self, bench: _Bench[J]) -> Iterator[tuple[J, Report | Done]]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             while (taken := bench.take()) is not None:
-                for event in _events(*taken):
+                for event in _events(self._work, *taken):
                     yield taken[0], event
                     if isinstance(event, Done):
-                        bench.models[taken[0]] = event.model
+                        bench.results[taken[0]] = event.result
         finally:
             torch.set_num_threads(threads)
 
-    def _there(self, bench: _Bench) -> Iterator[tuple[Job, Report | Done]]:
+    def _there(self, bench: _Bench[J]) -> Iterator[tuple[J, Report | Done]]:
         self._deal(bench)
         while busy := {worker.pipe: worker for worker in self._workers if worker.job is not None}:
             for pipe in connection.wait(list(busy)):
@@ -116,19 +148,19 @@ class Processes:
                 job, event = worker.job, _received(worker)
                 assert job is not None
                 if isinstance(event, Done):
-                    bench.models[job] = event.model
+                    bench.results[job] = event.result
                     worker.job = None
                     self._deal(bench)
                 yield job, event
 
-    def _deal(self, bench: _Bench) -> None:
+    def _deal(self, bench: _Bench[J]) -> None:
         for worker in self._workers:
             if worker.job is None and (taken := bench.take()) is not None:
                 worker.job = taken[0]
                 worker.pipe.send(taken)
 
 
-def _received(worker: _Worker) -> Report | Done:
+def _received(worker: _Worker[Any]) -> Report | Done:
     try:
         message = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -139,17 +171,17 @@ def _received(worker: _Worker) -> Report | Done:
     if isinstance(message, FedeltaError):
         raise message
     if isinstance(message, str):
-        raise RuntimeError(f"a bug in a worker process:\n{message}")
+        raise RuntimeError(f"{message.strip().splitlines()[-1]}, in a worker process\n{message}")
     assert isinstance(message, Report | Done)
     return message
 
 
-def _events(job: Job, start: bytes | None) -> Iterator[Report | Done]:
-    model = yield from train(job, start)
-    yield Done(model=model)
+def _events(work: Work[J], job: J, start: bytes | None) -> Iterator[Report | Done]:
+    result = yield from work(job, start)
+    yield Done(result=result)
 
 
-def _serve(pipe: connection.Connection, inherited: Sequence[connection.Connection]) -> None:
+def _serve(work: Work[Any], pipe: connection.Connection, inherited: Sequence[connection.Connection]) -> None:
     """The main function of a worker process."""
     for other in inherited:
         other.close()
@@ -161,7 +193,7 @@ def _serve(pipe: connection.Connection, inherited: Sequence[connection.Connectio
         while True:
             job, start = pipe.recv()
             try:
-                for event in _events(job, start):
+                for event in _events(work, job, start):
                     pipe.send(event)
             except FedeltaError as error:
                 pipe.send(error)

@@ -1,0 +1,235 @@
+"""What a run will cost and show, told before anything is sent.
+
+Bytes are counted as a run counts them (`Report.bytes_down`, `bytes_up`): every request of every round is known, since
+cohorts are a function of the seed, and a reply's size is that of one that was really made (see `rehearsal.py`). They
+are those of the run to the last byte, with three exceptions: a site that fails sends less (one without usable data is
+known to fail), a run that a condition stops ends earlier, after an evaluation, and a reply whose size depends on its
+values is none that was weighed. Times are measured on this machine and scaled: estimates.
+
+Not to be confused with the execution plan (`learning/plan.py`), which says how arithmetic is done.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fedelta.algorithms.federation import Federation
+from fedelta.algorithms.rehearsal import Rehearsal
+from fedelta.core.errors import BadInput
+from fedelta.core.messages import PartyId
+from fedelta.core.program import Sight
+
+Asked = list[tuple[str, Sequence[PartyId]]]  # kinds of requests in their order, each with the sites that get it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Between each site and the coordinator; the coordinator itself is taken to be as fast as all sites together."""
+
+    down_mbit: float = 20.0  # 10**6 bits a second, towards the site
+    up_mbit: float = 20.0
+    latency_ms: float = 0.0  # one way
+
+    def __post_init__(self) -> None:
+        for name in ("down_mbit", "up_mbit"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise BadInput(f"Link.{name} must be a finite number > 0, got {getattr(self, name)}")
+        if not 0 <= self.latency_ms < float("inf"):
+            raise BadInput(f"Link.latency_ms must be a finite number >= 0, got {self.latency_ms}")
+
+    def seconds(self, down: int, up: int) -> float:
+        """For one request of `down` bytes and its reply of `up` bytes."""
+        return 2 * self.latency_ms / 1e3 + 8e-6 * (down / self.down_mbit + up / self.up_mbit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors that travel and belong to modules of the same name but for numbers, which are written as "*"."""
+
+    name: str
+    tensors: int
+    elements: int  # 4 bytes each, before the encoding
+    buffers: bool  # statistics, which are averaged but not trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteForecast:
+    """One site. Kinds of requests go by their `op`."""
+
+    name: PartyId
+    rows: int
+    held_back: int
+    steps: int  # of training in a round
+    data_bytes: int
+    failures: Mapping[str, str]  # op -> why this site is known to fail in it
+    bytes_down: Mapping[str, int]  # of one request
+    bytes_up: Mapping[str, int]  # of its reply
+    seconds: Mapping[str, float]  # of its work here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A site that stands for others of its size, with what came of its rehearsal."""
+
+    called: str  # "smallest", "median" or "largest"
+    site: SiteForecast
+    rehearsal: Rehearsal
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most that the site's process needs besides Python and its libraries; None where it is not known."""
+        found = self.rehearsal.memory_bytes
+        return None if found is None else found + self.site.data_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Whether the parts of a federation hold together."""
+
+    what: str
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundForecast:
+    round: int  # 0: the head in closed form, before the first round of training
+    asked: Mapping[str, int]  # op -> number of sites that are asked
+    bytes_down: int  # over all sites
+    bytes_up: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """All sizes are bytes, all times seconds."""
+
+    federation: Federation[Any] = field(repr=False)
+    groups: tuple[Group, ...]
+    frozen: int  # parameters that never travel: every party has them
+    frozen_bytes: int
+    sites: tuple[SiteForecast, ...] = field(repr=False)
+    tiers: tuple[Tier, ...]
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(group.elements for group in self.groups if not group.buffers)
+
+    @cached_property
+    def rounds(self) -> tuple[RoundForecast, ...]:
+        """Every round of the run, if no condition stops it."""
+        return tuple(self._round(number, asked) for number, asked in self._schedule())
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(each.bytes_down for each in self.rounds)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(each.bytes_up for each in self.rounds)
+
+    def seconds(self, link: Link) -> list[float]:
+        """Of each round, sites working at the same time: every kind of request takes as long as its slowest site.
+
+        The coordinator's evaluation is in it, what it needs to add updates up is not.
+        """
+        return [
+            self._test_s(number)
+            + sum(max((self._alone(op, name, link) for name in to), default=0.0) for op, to in asked)
+            for number, asked in self._schedule()
+        ]
+
+    def seconds_here(self) -> list[float]:
+        """Of each round, sites working one after the other in one process of this machine, with no network."""
+        by_name = self._by_name
+        return [
+            self._test_s(number) + sum(by_name[name].seconds.get(op, 0.0) for op, to in asked for name in to)
+            for number, asked in self._schedule()
+        ]
+
+    @cached_property
+    def checks(self) -> tuple[Check, ...]:
+        """What must hold for the parts to fit. The federation was refused if one of the first two did not."""
+        program, sight = self.federation, self.federation.collect.shows
+        rule, collect, encoding = (type(part).__name__ for part in (program.rule, program.collect, program.encoding))
+        needs = "each update" if program.rule.needs is Sight.EACH else "no more than the sum of the updates"
+        found = [
+            Check(
+                what="the rule sees what it needs",
+                found=f"{rule} needs {needs}; {collect} shows {sight.value}",
+                holds=program.rule.needs is Sight.SUM or sight is Sight.EACH,
+            ),
+            Check(
+                what="what is added up can be added",
+                found=f"{encoding} is {'' if program.encoding.linear else 'not '}linear; {collect} shows {sight.value}",
+                holds=program.encoding.linear or sight is Sight.EACH,
+            ),
+            self._enough(),
+        ]
+        if program.stop is not None:
+            found.append(Check(what="the run can stop earlier", found=f"{program.stop} is measured", holds=True))
+        if any(tier.rehearsal.bytes_up != self.tiers[0].rehearsal.bytes_up for tier in self.tiers):
+            text = "the rehearsed sites' replies differ in size: bytes are those of the site nearest in rows"
+            found.append(Check(what="bytes are exact", found=text, holds=False))
+        return tuple(found)
+
+    def _enough(self) -> Check:
+        """Whether enough sites can answer in every round."""
+        least = self.federation.min_sites
+        for number, asked in self._schedule():
+            for op, to in asked:
+                able = sum(op not in self._by_name[name].failures for name in to)
+                if op != "evaluate" and able < least:
+                    text = f"round {number}: {able} of {len(to)} sites can answer and {least} must: the run ends there"
+                    return Check(what="enough sites answer", found=text, holds=False)
+        failing = [site for site in self.sites if site.failures]
+        text = f"every cohort has the {least} that must" + (f"; {len(failing)} fail" if failing else "")
+        return Check(what="enough sites answer", found=text, holds=True)
+
+    @cached_property
+    def _by_name(self) -> dict[PartyId, SiteForecast]:
+        return {site.name: site for site in self.sites}
+
+    def _schedule(self) -> Iterator[tuple[int, Asked]]:
+        first = 1 if self.federation.start is None else 0
+        names = [site.name for site in self.sites]
+        for number in range(first, self.federation.rounds + 1):
+            yield number, asked_in(self.federation, names, number)
+
+    def _round(self, number: int, asked: Asked) -> RoundForecast:
+        by_name = self._by_name
+        return RoundForecast(
+            round=number,
+            asked={op: len(to) for op, to in asked},
+            bytes_down=sum(by_name[name].bytes_down[op] for op, to in asked for name in to),
+            bytes_up=sum(by_name[name].bytes_up[op] for op, to in asked for name in to),
+        )
+
+    def _alone(self, op: str, name: PartyId, link: Link) -> float:
+        site = self._by_name[name]
+        return site.seconds.get(op, 0.0) + link.seconds(site.bytes_down[op], site.bytes_up[op])
+
+    def _test_s(self, number: int) -> float:
+        test = self.federation.test
+        if test is None or not _evaluates(self.federation, number):
+            return 0.0
+        return len(test) * self.tiers[0].rehearsal.test_row_s
+
+
+def asked_in(federation: Federation[Any], names: Sequence[PartyId], number: int) -> Asked:
+    """Who is asked what in a round, as `Federation.step` does it. Round 0 is that of `start`."""
+    asked: Asked = []
+    if number == 0:
+        asked.append(("statistics", names))
+    else:
+        cohort = federation.sampling(names, number, federation.seed)
+        if len(cohort) >= federation.min_sites:
+            asked.append(("train", cohort))
+    if federation.validate_at_sites and _evaluates(federation, number):
+        asked.append(("evaluate", names))
+    return asked
+
+
+def _evaluates(federation: Federation[Any], number: int) -> bool:
+    return number % federation.evaluate_every == 0 or number >= federation.rounds

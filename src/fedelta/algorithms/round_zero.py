@@ -1,0 +1,140 @@
+"""Round zero: the head in closed form, from one round of sums over the features of the model as it is.
+
+Every registered site is asked once, whatever the sampling of later rounds is; what it sends passes through the collect,
+as an update does, and is added on a grid of its own, so that the head does not depend on how the rows are split.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fedelta.aggregation.mean import Mean
+from fedelta.algorithms.tally import Tally, bodies
+from fedelta.core.errors import BadInput, BadTensors, TooFewSites
+from fedelta.core.examples import Examples
+from fedelta.core.messages import Replies, Reply, Update
+from fedelta.core.parameters import Layout, Parameters
+from fedelta.core.program import Site
+from fedelta.learning.closed_form import ClosedForm, Ridge, moments, moments_layout
+from fedelta.learning.features import NoFeatures, feature_shape, features, head_layer
+from fedelta.learning.objectives import Classification
+from fedelta.learning.plan import Plan
+from fedelta.learning.structure import is_new
+from fedelta.learning.task import Task
+
+_RULE = Mean(bound=2.0**14)  # on means of products of two features, which may be larger than weights are
+
+
+def check(start: ClosedForm, task: Task, module: nn.Module) -> None:
+    """Raise BadInput if `start` cannot give `module` its head."""
+    layer = _linear(module, head_layer(module, classes(task)))
+    if layer.bias is None and start.needs_bias:
+        raise BadInput(f"the head of {type(module).__name__} has no bias, and {start} needs one; use Ridge()")
+
+
+def usual(task: Task, examples: Examples, seed: int, plan: Plan) -> ClosedForm | None:
+    """Ridge for a head that is new; None for one that is pre-trained, or that has no closed form.
+
+    LDA is a little better where rows are many; where they are few its posteriors are far too sure of themselves, which
+    is a bad start for training. `examples` are a few that the model reads.
+    """
+    if not isinstance(task.objective, Classification):
+        return None
+    module = task.flat(seed, plan).module
+    try:
+        name = head_layer(module, classes(task))
+        feature_shape(module, [name], examples, plan)
+    except BadInput:
+        return None
+    return Ridge() if is_new(module.get_submodule(name)) else None
+
+
+def statistics(task: Task, parameters: Tensor, site: Site, seed: int, plan: Plan) -> Update:
+    """A site's half: the moments of its training examples under the broadcast model, weighted by their number."""
+    data = site.data().train
+    task.check(data)
+    if not len(data):
+        raise BadInput("this site has no training examples")
+    model, rows = task.flat_on(data, seed, plan)
+    model.load(Parameters(model.layout, parameters))
+    name = head_layer(model.module, classes(task))
+    found = torch.empty(len(data), _linear(model.module, name).in_features)
+    try:
+        features(model.module, [name], rows, plan, found)
+    except NoFeatures as error:
+        raise BadInput(f"{error}, so that its head cannot be solved in closed form; leave `start` out") from error
+    return Update(values=moments(found, data.targets, classes(task)), kind="value", weight=float(len(data)))
+
+
+def total(replies: Iterator[Reply | Replies], task: Task, module: nn.Module, tally: Tally, min_sites: int) -> Update:
+    """The coordinator's half: the mean over all rows, and their number as its weight.
+
+    Raises TooFewSites if not as many as `min_sites` answered.
+    """
+    layer = _linear(module, head_layer(module, classes(task)))
+    layout = moments_layout(classes(task), layer.in_features)
+    coarse = _RULE.resolution(len(tally.cohort))
+    halves = (_halved(update, coarse) for update in _arriving(replies, layout, tally, min_sites))
+    mean = _RULE(halves, len(tally.cohort))
+    return replace(mean, values=Parameters(layout, mean.values["coarse"] + mean.values["fine"] * coarse / _RULE.bound))
+
+
+def with_head(start: ClosedForm, task: Task, module: nn.Module, parameters: Parameters, total: Update) -> Parameters:
+    """`parameters`, a copy of them, with the head that the moments give. `module` has their layout."""
+    name = head_layer(module, classes(task))
+    intercept = f"{name}.bias" in parameters
+    weight, bias = start.solve(total.values, total.weight, intercept)
+    headed = parameters.like(parameters.vector.clone())
+    headed[f"{name}.weight"].copy_(weight)
+    if intercept:
+        headed[f"{name}.bias"].copy_(bias)
+    return headed
+
+
+def classes(task: Task) -> int:
+    """Raises BadInput for a task that is no classification."""
+    if not isinstance(task.objective, Classification):
+        raise BadInput(f"a head in closed form is for classification, not for {task.objective}; leave `start` out")
+    return task.objective.classes
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _halved(update: Update, coarse: float) -> Update:
+    """The same values as what lies on the grid `coarse`, which the rule adds with no error, and the rest, enlarged.
+
+    Small eigenvalues of the moments decide about the head, and would drown in one grid that is wide enough for all.
+    """
+    values = update.values.vector
+    on_grid = (values / coarse).round() * coarse
+    halves = {"coarse": on_grid, "fine": (values - on_grid) / coarse * _RULE.bound}
+    return replace(update, values=Parameters(Layout.of(halves), torch.cat(list(halves.values()))))
+
+
+def _arriving(replies: Iterator[Reply | Replies], layout: Layout, tally: Tally, min_sites: int) -> Iterator[Update]:
+    for reply in replies:
+        for senders, body in bodies(reply, tally.absent):
+            try:
+                update = Update.from_tensors(body, layout)
+                if update.kind != "value" or update.values.vector.dtype != torch.float64:
+                    raise BadTensors(f"they are a {update.kind} in {update.values.vector.dtype}")
+                shares = update.values["class_shares"]
+                if not bool((shares >= 0).all()) or abs(float(shares.sum()) - 1) > 1e-9:
+                    raise BadTensors("its shares of the classes do not add up to 1")
+            except BadTensors as error:
+                tally.absent |= dict.fromkeys(senders, f"its statistics are malformed: {error}")
+                continue
+            refusal = _RULE.refuse(update)
+            if refusal is not None:
+                tally.absent |= dict.fromkeys(senders, refusal)
+                continue
+            tally.accept(senders, update.count)
+            yield update
+    if tally.accepted < min_sites:
+        raise TooFewSites(tally.shortage(0, min_sites))

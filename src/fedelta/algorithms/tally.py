@@ -1,0 +1,70 @@
+"""What a coordinator notes down while the replies of a round come in: who is absent and why, and the bytes."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedelta.core import codec
+from fedelta.core.messages import PartyId, Replies, Reply, Requests, Tensors
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a round notes down while replies come in."""
+
+    cohort: Sequence[PartyId]
+    accepted: int = 0
+    answered: list[PartyId] = field(default_factory=list)
+    absent: dict[PartyId, str] = field(default_factory=dict)
+    unmeasured: dict[PartyId, str] = field(default_factory=dict)
+    per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    waited: float = 0.0  # seconds spent waiting for replies
+
+    def watch(self, replies: Iterator[Reply | Replies], requests: Requests) -> Iterator[Reply | Replies]:
+        """The same replies, with their bytes and the time they took added up."""
+        alike = len(requests) - len(requests.bodies)
+        self.bytes_down += alike * codec.size(requests.shared)
+        self.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
+        while True:
+            asked = time.perf_counter()
+            reply = next(replies, None)
+            self.waited += time.perf_counter() - asked
+            if reply is None:
+                return
+            if isinstance(reply, Replies):
+                self.bytes_up += sum(len(senders) * codec.size(body) for senders, body in bodies(reply, {}))
+            elif reply.error is None:
+                self.bytes_up += codec.size(reply.body, reply.meta)
+            yield reply
+
+    def accept(self, senders: Sequence[PartyId], count: int) -> None:
+        self.accepted += count
+        self.answered.extend(senders)
+
+    def shortage(self, round: int, needed: int) -> str:
+        reasons = [f"{site}: {reason}" for site, reason in sorted(self.absent.items())]
+        shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+        return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"
+
+
+def bodies(reply: Reply | Replies, absent: dict[PartyId, str]) -> Iterator[tuple[Sequence[PartyId], Tensors]]:
+    """The bodies of a reply, each with the sites that it is of; the others go to `absent` with the reason.
+
+    That of sites that were handled at once is their sum, or it holds a row for each.
+    """
+    if isinstance(reply, Reply):
+        if reply.error is None:
+            yield [reply.sender], reply.body
+        else:
+            absent[reply.sender] = reply.error
+        return
+    absent |= reply.errors
+    if not reply.senders:
+        return
+    if reply.body["weight"].ndim == 0:
+        yield reply.senders, reply.body
+    else:
+        for row, sender in enumerate(reply.senders):
+            yield [sender], {name: tensor[row] for name, tensor in reply.body.items()}

@@ -1,0 +1,262 @@
+"""`fedelta plan`: what a run will send, need and show, before anything is sent."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedelta.algorithms.forecast import Forecast, Link, RoundForecast, Tier
+from fedelta.algorithms.forecasting import forecast
+from fedelta.cli.experiment import opened
+from fedelta.core.program import Sight
+from fedelta.observe.text import bytes_text, plural, seconds_text
+
+_GROUPS_SHOWN = 16  # lines of the table; more are summed up
+_FAILURES_SHOWN = 3
+_BANDWIDTH = click.FloatRange(0, min_open=True)
+
+
+@click.command(short_help="Tell what a run will send, need and show, before anything is sent.")
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.option("--rounds", type=click.IntRange(1), help="Instead of the experiment's own number.")
+@click.option("--seed", type=int, metavar="N", show_default="the experiment's own", help="Of sampling, above all.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Replace a constant of the experiment.")
+@click.option(
+    "--bandwidth",
+    type=_BANDWIDTH,
+    metavar="MBIT",
+    default=20.0,
+    show_default=True,
+    help="Of a site's line, in megabits a second.",
+)
+@click.option(
+    "--upload", type=_BANDWIDTH, metavar="MBIT", show_default="as --bandwidth", help="Towards the coordinator."
+)
+@click.option(
+    "--latency",
+    type=click.FloatRange(0),
+    metavar="MS",
+    default=20.0,
+    show_default=True,
+    help="One way, in milliseconds.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def command(
+    experiment: Path,
+    rounds: int | None,
+    seed: int | None,
+    settings: tuple[str, ...],
+    bandwidth: float,
+    upload: float | None,
+    latency: float,
+    as_json: bool,
+) -> None:
+    """Tell what a run of EXPERIMENT will send, need and show. Nothing is sent, and nothing is written.
+
+    Bytes are those that the run will report. Time and memory are measured here, on a few real steps of training.
+    """
+    link = Link(down_mbit=bandwidth, up_mbit=upload or bandwidth, latency_ms=latency)
+    federation, sites = opened(experiment, settings, rounds=rounds, seed=seed)
+    with Console(stderr=True).status("loading the sites' data and trying out a few steps"):
+        found = forecast(federation, sites, sites.names)
+    if as_json:
+        click.echo(json.dumps(numbers(found, link), indent=1, allow_nan=False))
+    else:
+        show(found, link, experiment.stem, Console(highlight=False))
+
+
+def show(found: Forecast, link: Link, title: str, console: Console) -> None:
+    """Print all of it."""
+    federation = found.federation
+    console.print(
+        f"{title}: {plural(len(found.sites), 'site')}, {plural(federation.rounds, 'round')}, seed {federation.seed}",
+        markup=False,
+    )
+    _print(console, "What travels", _groups(found))
+    _print(console, "At a site", _tiers(found, link))
+    _print(console, "Over the network, all sites together", _network(found))
+    _print(console, "Time", _time(found, link))
+    _print(console, "Who sees what", _sight(found))
+    _print(console, "Checked", _checks(found))
+    for line in _remarks(found):
+        console.print(line, markup=False, style="dim", soft_wrap=not console.is_terminal)
+
+
+def numbers(found: Forecast, link: Link) -> dict[str, object]:
+    """The forecast as plain values: sizes in bytes, times in seconds."""
+    federation = found.federation
+    return {
+        "seed": federation.seed,
+        "trained": found.trained,
+        "frozen": found.frozen,
+        "frozen_bytes": found.frozen_bytes,
+        "groups": [asdict(group) for group in found.groups],
+        "bytes_down": found.bytes_down,
+        "bytes_up": found.bytes_up,
+        "rounds": [
+            {**asdict(each), "seconds": seconds, "seconds_here": here}
+            for each, seconds, here in zip(found.rounds, found.seconds(link), found.seconds_here(), strict=True)
+        ],
+        "link": asdict(link),
+        "tiers": [
+            {"called": tier.called, "site": tier.site.name, "memory_bytes": tier.memory_bytes} for tier in found.tiers
+        ],
+        "sites": [asdict(site) for site in found.sites],
+        "leaves_a_site": [asdict(piece) for piece in found.tiers[0].rehearsal.update],
+        "coordinator_sees": federation.collect.shows.value,
+        "test_rows": 0 if federation.test is None else len(federation.test),
+        "checks": [asdict(check) for check in found.checks],
+    }
+
+
+def _print(console: Console, heading: str, table: Table) -> None:
+    console.print()
+    console.print(heading, style="bold")
+    console.print(table)
+
+
+def _table(*columns: str, texts: int = 1) -> Table:
+    """A table whose first `texts` columns are words and whose others are numbers."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(columns), show_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if place < texts else "right", overflow="fold")
+    return table
+
+
+def _groups(found: Forecast) -> Table:
+    table = _table("", "tensors", "numbers", "bytes")
+    ordered = sorted(found.groups, key=lambda group: -group.elements)
+    shown = found.groups if len(ordered) <= _GROUPS_SHOWN else ordered[:_GROUPS_SHOWN]
+    for group in shown:
+        name = escape(group.name or "(the model itself)") + (", statistics" if group.buffers else "")
+        table.add_row(name, f"{group.tensors:,}", f"{group.elements:,}", bytes_text(4 * group.elements))
+    rest = ordered[_GROUPS_SHOWN:] if len(shown) < len(ordered) else []
+    if rest:
+        elements = sum(group.elements for group in rest)
+        tensors = sum(group.tensors for group in rest)
+        table.add_row(f"… {len(rest)} more groups", f"{tensors:,}", f"{elements:,}", bytes_text(4 * elements))
+    table.add_section()
+    for name, buffers in (("trained", False), ("averaged, not trained", True)):
+        own = [group for group in found.groups if group.buffers == buffers]
+        elements = sum(group.elements for group in own)
+        if own:
+            table.add_row(name, f"{sum(g.tensors for g in own):,}", f"{elements:,}", bytes_text(4 * elements))
+    table.add_row("frozen, at every party", "", f"{found.frozen:,}", bytes_text(found.frozen_bytes))
+    return table
+
+
+def _tiers(found: Forecast, link: Link) -> Table:
+    table = _table("", *(f"{tier.called} ({tier.site.name})" for tier in found.tiers))
+
+    def add(name: str, *values: str) -> None:
+        table.add_row(name, *map(escape, values))
+
+    add("rows", *(f"{tier.site.rows:,}" for tier in found.tiers))
+    if any(site.held_back for site in found.sites):
+        add("rows held back", *(f"{tier.site.held_back:,}" for tier in found.tiers))
+    add("steps of training a round", *(f"{tier.site.steps:,}" for tier in found.tiers))
+    for op in found.tiers[0].site.bytes_down:
+        called = {"train": "a round's training", "evaluate": "an evaluation", "statistics": "round zero"}.get(op, op)
+        add(f"{called}: received", *(bytes_text(tier.site.bytes_down[op]) for tier in found.tiers))
+        add("  sent", *(bytes_text(tier.site.bytes_up[op]) for tier in found.tiers))
+        add("  work", *(seconds_text(tier.site.seconds[op]) for tier in found.tiers))
+        lines = [link.seconds(tier.site.bytes_down[op], tier.site.bytes_up[op]) for tier in found.tiers]
+        add(f"  on the line ({_line(link)})", *map(seconds_text, lines))
+    add("data", *(bytes_text(tier.site.data_bytes) for tier in found.tiers))
+    add("peak memory, with the data", *map(_memory, found.tiers))
+    return table
+
+
+def _memory(tier: Tier) -> str:
+    return "not known here" if tier.memory_bytes is None else bytes_text(tier.memory_bytes)
+
+
+def _network(found: Forecast) -> Table:
+    table = _table("", "sites asked", "received", "sent")
+    kinds: dict[tuple[str, ...], list[RoundForecast]] = {}
+    for each in found.rounds:
+        kinds.setdefault(tuple(each.asked), []).append(each)
+    for ops, alike in kinds.items():
+        name = f"round {alike[0].round}" if len(alike) == 1 else f"a round, {len(alike):,} times"
+        asked = ", ".join(f"{_span([each.asked[op] for each in alike])} {op}" for op in ops) or "none"
+        ways = ([each.bytes_down for each in alike], [each.bytes_up for each in alike])
+        table.add_row(name, asked, *map(_mean, ways))
+    table.add_section()
+    table.add_row("the whole run", "", bytes_text(found.bytes_down), bytes_text(found.bytes_up))
+    table.add_row("  in bytes", "", f"{found.bytes_down:,}", f"{found.bytes_up:,}")
+    return table
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _mean(values: Sequence[int]) -> str:
+    """Of bytes; it says so where they are not all the same."""
+    return bytes_text(values[0]) if len(set(values)) == 1 else f"{bytes_text(sum(values) / len(values))} on average"
+
+
+def _time(found: Forecast, link: Link) -> Table:
+    table = _table("", "a round", "the whole run")
+    for name, seconds in (
+        (f"sites at the same time ({_line(link)})", found.seconds(link)),
+        ("one after the other, in one process here", found.seconds_here()),
+    ):
+        total = sum(seconds)
+        table.add_row(name, seconds_text(total / max(1, len(seconds))), seconds_text(total))
+    return table
+
+
+def _line(link: Link) -> str:
+    speed = f"{link.down_mbit:g}" if link.down_mbit == link.up_mbit else f"{link.down_mbit:g}/{link.up_mbit:g}"
+    return f"{speed} Mbit/s" + (f", {link.latency_ms:g} ms" if link.latency_ms else "")
+
+
+def _sight(found: Forecast) -> Table:
+    federation = found.federation
+    update = found.tiers[0].rehearsal.update
+    vectors = [f"{piece.name} ({piece.dtype}, {list(piece.shape)})" for piece in update if piece.shape]
+    scalars = [piece.name for piece in update if not piece.shape]
+    rows = [site.rows for site in found.sites if "train" not in site.failures]
+    each = federation.collect.shows is Sight.EACH
+    seen = ["each site's update in the clear" if each else "only the sum of the updates"]
+    if federation.validate_at_sites:
+        seen.append("each site's evaluation" if each else "only the sum of the evaluations")
+    if federation.start is not None:
+        seen.append("each site's sums of features" if each else "only the sum of the sums of features")
+    seen.append("no row of a site" if federation.test is None else f"its own test set of {len(federation.test):,} rows")
+    table = _table("", "", texts=2)
+    table.add_row("each site", f"its own rows, {sum(rows):,} in all, and the model")
+    table.add_row("leaves a site", escape(", ".join(vectors + scalars)))
+    table.add_row("coordinator", "; ".join(seen))
+    return table
+
+
+def _checks(found: Forecast) -> Table:
+    table = _table("", "", "", texts=3)
+    for check in found.checks:
+        table.add_row("holds" if check.holds else "FAILS", escape(check.what), escape(check.found))
+    return table
+
+
+def _remarks(found: Forecast) -> list[str]:
+    lines = []
+    failing = [site for site in found.sites if site.failures]
+    for site in failing[:_FAILURES_SHOWN]:
+        lines.append(f"{site.name} will not answer: {next(iter(site.failures.values()))}")
+    if len(failing) > _FAILURES_SHOWN:
+        lines.append(f"{len(failing) - _FAILURES_SHOWN} more sites will not answer.")
+    if found.federation.stop is not None:
+        lines.append(f"The run may end earlier: {found.federation.stop}.")
+    lines.append(
+        "Bytes are those that the run will report, unless a site fails. Time and memory are those of one thread of "
+        "this machine; memory is beside Python and its libraries, and the coordinator's adding up takes no time."
+    )
+    return lines

@@ -1,0 +1,96 @@
+"""Features: what a model computes of its inputs before some last parts of it.
+
+They are read off by having those parts pass on what they get: whatever the model does with their outputs (choosing
+those of the last token, say) it then does with the features. That this is sound is checked on every batch that is used:
+the parts, applied to the features, must give the model's outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from fedelta.core.errors import BadInput
+from fedelta.core.examples import Examples
+from fedelta.learning.plan import Plan
+from fedelta.learning.training import autocast, by_length, predict, prepared
+
+_BATCH, _BATCH_BYTES = 256, 2**24  # rows computed at once: no more than this, and than have so many bytes of inputs
+_PROBED = 8  # rows of a batch on which features are checked
+# Of the largest output; a model that the features do not explain is off by its whole outputs.
+_TOLERANCE, _TOLERANCE_BF16 = 1e-3, 3e-2
+
+
+class NoFeatures(BadInput):
+    """The outputs of a model are not those of its last parts on one tensor per row."""
+
+
+def head_layer(module: nn.Module, classes: int) -> str:
+    """The name of the last linear layer that is trained and has `classes` outputs. Raises BadInput for none."""
+    names: list[str] = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features == classes and part.weight.requires_grad
+    ]
+    if not names:
+        raise BadInput(
+            f"{type(module).__name__} has no linear layer with {classes} outputs that is trained, so that its head "
+            "cannot be solved in closed form; leave `start` out"
+        )
+    return names[-1]
+
+
+@torch.no_grad()
+def features(module: nn.Module, parts: Sequence[str], examples: Examples, plan: Plan, out: Tensor) -> Tensor:
+    """The features of every row, written into `out` [n, ...]; `module` is put into evaluation mode.
+
+    `parts` are the names of the last parts, in the order in which they are called. Raises NoFeatures if the model's
+    outputs are not what these parts make of the features.
+    """
+    module.eval()
+    width = sum(tensor[0].numel() * tensor.element_size() for tensor in examples.inputs.values()) if len(out) else 0
+    batch = max(_PROBED, min(_BATCH, _BATCH_BYTES // max(1, width)))
+    for rows in torch.split(by_length(examples), batch):
+        out[rows] = _of_batch(module, parts, examples[rows], plan).to(out.dtype).cpu()
+    return out
+
+
+@torch.no_grad()
+def feature_shape(module: nn.Module, parts: Sequence[str], examples: Examples, plan: Plan) -> torch.Size:
+    """The shape of the features of one row, found on the first rows. Raises NoFeatures as `features` does."""
+    module.eval()
+    return _of_batch(module, parts, examples[:_PROBED], plan).shape[1:]
+
+
+def _of_batch(module: nn.Module, parts: Sequence[str], rows: Examples, plan: Plan) -> Tensor:
+    inputs = prepared(rows, plan).inputs
+    last = [module.get_submodule(name) for name in parts]
+    tolerance = _TOLERANCE_BF16 if plan.bf16 else _TOLERANCE
+    with autocast(plan):
+        outputs = predict(module, {name: tensor[:_PROBED] for name, tensor in inputs.items()})
+        try:
+            values = _passed_on(module, last, inputs)
+            explained = values[:_PROBED]
+            for part in last:
+                explained = part(explained)
+            same = explained.shape == outputs.shape and torch.allclose(
+                explained.float(), outputs.float(), rtol=tolerance, atol=tolerance * float(outputs.abs().max())
+            )
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            same = False  # parts that need, or give, more than a tensor
+    if not same or len(values) != len(rows):
+        raise NoFeatures(
+            f"the outputs of {type(module).__name__} are not what its {' and '.join(map(repr, parts))} makes of one "
+            "tensor of features a row"
+        )
+    return values
+
+
+def _passed_on(module: nn.Module, parts: Sequence[nn.Module], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The outputs of `module` where `parts` give what they get."""
+    with ExitStack() as hooks:
+        for part in parts:
+            hook = part.register_forward_hook(lambda _, given, __: given[0])
+            hooks.callback(hook.remove)
+        return predict(module, inputs)
