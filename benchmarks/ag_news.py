@@ -12,12 +12,13 @@ gradient clipping:
   round, which is the longest chain of steps in the federated run;
 - pooled at equal total steps: as many as all sites do together.
 
-All three lower their learning rate along half a cosine over the 5 rounds, to a tenth of it, and start AdamW anew in
-each.
+All three begin with the head that one round in closed form gives (LDA on the features of the model as it is; the rows
+being the same, so is the head), lower their learning rate along half a cosine over the 5 rounds, to a tenth of it, and
+start AdamW anew in each.
 
-The learning rate of each is the best of one grid, the same for all, by the mean accuracy over three seeds that are used
-for nothing else; one at the end of the grid is said. Results are paired by seed: same rows, same initial head, same
-LoRA factors. Results of other settings in the output file are not used.
+The learning rate of each is the best of a grid by the mean accuracy over seeds that are used for nothing else; the grid
+goes on, by factors of 2, until its best is not at an end. Results are paired by seed: same rows, same LoRA factors.
+Results of other settings in the output file are not used.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 
 from fedelta import (
+    LDA,
     AdamW,
     Classification,
     Cosine,
@@ -59,9 +61,10 @@ from fedelta.observe.intervals import interval
 
 SITES, ALPHA, ROUNDS, FLOOR, BATCH, RANK, MAX_LENGTH = 8, 0.5, 5, 0.1, 16, 8, 32
 TRAIN, VALIDATION, TEST = 2000, 800, 4000
-GRID = (1e-3, 2e-3, 4e-3, 8e-3)
-TUNING_SEEDS = (100, 101, 102)
-SETTINGS = digest([SITES, ALPHA, ROUNDS, FLOOR, BATCH, RANK, MAX_LENGTH, TRAIN, VALIDATION, TEST])[:8]
+GRID = (5e-4, 1e-3, 2e-3)
+TUNING_SEEDS = (100, 101)
+START = LDA(shrinkage=0.1)
+SETTINGS = digest([SITES, ALPHA, ROUNDS, FLOOR, BATCH, RANK, MAX_LENGTH, TRAIN, VALIDATION, TEST, repr(START)])[:8]
 
 
 def _shuffled(rows: torch.Tensor, purpose: str, seed: int) -> torch.Tensor:
@@ -92,7 +95,8 @@ class Method:
     name: str
     steps: Callable[[list[int]], int] | None = None
 
-    def accuracy(self, task: Task, train: Examples, test: Examples, lr: float, seed: int) -> float:
+    def accuracies(self, task: Task, train: Examples, test: Examples, lr: float, seed: int) -> tuple[float, float]:
+        """After round zero, and at the end."""
         parts = Dirichlet(alpha=ALPHA, minimum=BATCH)(train.targets.numpy(), SITES, seed)
         data = {f"site-{i}": train[torch.from_numpy(part)] for i, part in enumerate(parts)}
         schedule = Cosine(rounds=ROUNDS, floor=FLOOR)
@@ -103,12 +107,13 @@ class Method:
         federation = Federation(
             algorithm=FedAvg(task=task, training=training),
             rounds=ROUNDS,
+            start=START,
             seed=seed,
             test=test,
             evaluate_every=ROUNDS,
         )
-        *_, (_, report) = run(federation, Local(federation, data.__getitem__, list(data)))
-        return report.metrics["test_accuracy"]
+        (_, zeroth), *_, (_, last) = run(federation, Local(federation, data.__getitem__, list(data)))
+        return zeroth.metrics["test_accuracy"], last.metrics["test_accuracy"]
 
 
 METHODS = (
@@ -131,13 +136,13 @@ class Job:
     def key(self) -> str:
         return f"{self.part} | {self.method.name} | seed {self.seed} | lr {self.lr:g} | settings {SETTINGS}"
 
-    def __call__(self) -> tuple[str, float, float]:
+    def __call__(self) -> tuple[str, tuple[float, float], float]:
         began = time.perf_counter()
         torch.set_num_threads(1)
         data = Data.draw(_rows, self.seed)
         held_out = data.validation if self.part == "tuning" else data.test
-        accuracy = self.method.accuracy(_task, data.train, held_out, self.lr, self.seed)
-        return self.key, accuracy, time.perf_counter() - began
+        accuracies = self.method.accuracies(_task, data.train, held_out, self.lr, self.seed)
+        return self.key, accuracies, time.perf_counter() - began
 
 
 def main() -> None:
@@ -150,35 +155,49 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     global _task, _rows
     _task, _rows = _task_and_rows(options.data)
-    results: dict[str, float] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    _measure(
-        [Job("tuning", m, seed, lr) for seed in TUNING_SEEDS for m in METHODS for lr in GRID], results, options.out
-    )
-    tuned = {m: max((_validation(m, lr, results), lr) for lr in GRID)[1] for m in METHODS}
+    results: dict[str, tuple[float, float]] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    tuned = _tuned(results, options.out)
     jobs = {m: [Job("test", m, seed, tuned[m]) for seed in range(options.seeds)] for m in METHODS}
     _measure([job for paired in zip(*jobs.values(), strict=True) for job in paired], results, options.out)
-    scores = {m: [results[job.key] for job in jobs[m]] for m in METHODS}
+    scores = {m: [results[job.key][1] for job in jobs[m]] for m in METHODS}
+    federated = METHODS[0]
+    print(
+        f"{'round zero, in closed form':32} {'':10} accuracy {_percent([results[j.key][0] for j in jobs[federated]])}"
+    )
     for method in METHODS:
-        at_the_end = " (the end of the grid)" if tuned[method] in (GRID[0], GRID[-1]) else ""
-        print(f"{method.name:32} lr {tuned[method]:g}{at_the_end}  accuracy {_percent(scores[method])}")
+        print(f"{method.name:32} lr {tuned[method]:<7g} accuracy {_percent(scores[method])}")
     for pooled in METHODS[1:]:
-        gaps = [p - f for p, f in zip(scores[pooled], scores[METHODS[0]], strict=True)]
+        gaps = [p - f for p, f in zip(scores[pooled], scores[federated], strict=True)]
         print(f"gap to {pooled.name}: {_percent(gaps)} points")
 
 
-def _validation(method: Method, lr: float, results: dict[str, float]) -> float:
-    return sum(results[Job("tuning", method, seed, lr).key] for seed in TUNING_SEEDS)
+def _tuned(results: dict[str, tuple[float, float]], out: Path) -> dict[Method, float]:
+    """The best learning rate of each method, which is not at an end of the grid that it was tried on."""
+    grids = {method: list(GRID) for method in METHODS}
+    while True:
+        jobs = [Job("tuning", m, seed, lr) for seed in TUNING_SEEDS for m in METHODS for lr in grids[m]]
+        _measure(jobs, results, out)
+        best = {m: max((_validation(m, lr, results), lr) for lr in grids[m])[1] for m in METHODS}
+        at_an_end = [m for m in METHODS if best[m] in (grids[m][0], grids[m][-1])]
+        if not at_an_end:
+            return best
+        for m in at_an_end:
+            grids[m] = sorted([*grids[m], grids[m][0] / 2 if best[m] == grids[m][0] else grids[m][-1] * 2])
 
 
-def _measure(jobs: list[Job], results: dict[str, float], out: Path) -> None:
+def _validation(method: Method, lr: float, results: dict[str, tuple[float, float]]) -> float:
+    return sum(results[Job("tuning", method, seed, lr).key][1] for seed in TUNING_SEEDS)
+
+
+def _measure(jobs: list[Job], results: dict[str, tuple[float, float]], out: Path) -> None:
     """Run what is not in `results` yet, one single-threaded process per core, and add it there."""
     missing = [job for job in jobs if job.key not in results]
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("fork")) as pool:
         for done in as_completed([pool.submit(job) for job in missing]):
-            key, accuracy, seconds = done.result()
-            results[key] = accuracy
+            key, accuracies, seconds = done.result()
+            results[key] = accuracies
             out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            print(f"{key}: {accuracy:.4f} ({seconds:.0f} s)", flush=True)
+            print(f"{key}: {accuracies[0]:.4f}, {accuracies[1]:.4f} ({seconds:.0f} s)", flush=True)
 
 
 def _percent(values: list[float]) -> str:
