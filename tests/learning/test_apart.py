@@ -29,7 +29,7 @@ def test_the_peak_is_that_of_the_work(sizes: list[int], expected: int) -> None:
     assert nbytes == sizes[-1] * MB
     if peak is None:
         pytest.skip("memory is not known on this system")
-    assert expected * MB <= peak < (expected + 8) * MB
+    assert (expected - 1) * MB <= peak < (expected + 8) * MB  # the kernel counts pages in batches
 
 
 def process(memory: Memory) -> tuple[int, int]:
