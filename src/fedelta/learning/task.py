@@ -1,5 +1,6 @@
 """A task: a model and what it is trained for."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,11 +109,16 @@ def _bare(module: nn.Module) -> nn.Module:
 
     That is for the copies that are trained and evaluated; what is saved keeps its settings.
     """
+    configs = {id(part.config): part.config for part in module.modules() if is_hugging_face(part)}
+    bare = {key: copy.copy(config) for key, config in configs.items()}  # a builder may give one to all its models
+    for config in bare.values():
+        for name in _ASIDE:
+            if getattr(config, name, False) is True:
+                setattr(config, name, False)
     for part in module.modules():
-        if is_hugging_face(part):
-            for name in _ASIDE:
-                if getattr(part.config, name, False) is True:
-                    setattr(part.config, name, False)
+        own = getattr(part, "config", None)
+        if id(own) in bare:
+            part.config = bare[id(own)]
     return module
 
 
