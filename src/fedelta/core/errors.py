@@ -39,3 +39,7 @@ class UnsoundCombination(FedeltaError):
 
 class FedeltaWarning(UserWarning):
     """Something that is done as asked, and may not be what was meant; the message says what."""
+
+
+class BudgetSpent(FedeltaError):
+    """A release would pass the privacy budget that was set."""

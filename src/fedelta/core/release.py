@@ -1,0 +1,43 @@
+"""What a mechanism lets out about protected data: an entry of a privacy ledger, and what a ledger is.
+
+An event is a `DpEvent` of dp-accounting in plain form (`privacy/events.py`), so that a report and a ledger can hold it
+and no other room needs that library.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fedelta.core.messages import PartyId, Plain
+
+Unit = Literal["site", "example"]  # what a guarantee hides: all rows of a site, or one row
+# Which data sets are neighbours, under dp-accounting's names: with one unit more or fewer, with another one in its
+# place, or with one that counts as nothing in its place (zero-out: the number of units is then public).
+Relation = Literal["add_or_remove_one", "replace_one", "replace_special"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """One output of a mechanism."""
+
+    event: Mapping[str, Plain]
+    unit: Unit
+    relation: Relation
+    of: PartyId | None = None  # the one site whose data are in it; None: those of all sites
+    job: str = ""  # which experiment it was for: its digest
+    round: int = 0
+
+
+class Ledger(Protocol):
+    """The releases about some data. It only grows."""
+
+    def releases(self) -> Sequence[Release]:
+        """All of them, in the order in which they were recorded."""
+        ...
+
+    def record(self, release: Release) -> None:
+        """Add one; it is durable when this returns, so call it before what is released leaves.
+
+        Raises BudgetSpent, and adds nothing, if that would pass a limit that the owner of the data has set.
+        """
+        ...
