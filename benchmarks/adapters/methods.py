@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from benchmarks.adapters.workloads import TIERS, Workload
 
+from benchmarks.adapters.workloads import TIERS, Workload
 from fedelta import (
     SGD,
     AdamW,

@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.adapters.methods import METHODS, Method
 from benchmarks.adapters.workloads import Workload
-
 from fedelta.observe.intervals import Interval, interval
 from fedelta.observe.text import bytes_text, seconds_text
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from benchmarks.simulation import results, workloads
 from benchmarks.simulation.measure import BASE, Measurement, machine
 from benchmarks.simulation.plans import fedelta_plans

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from benchmarks.simulation.plans import fedelta_plans
 from benchmarks.simulation.processes import Failed, Missing, Process
 

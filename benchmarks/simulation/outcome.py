@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from benchmarks.simulation.workloads import Workload
 from torch import Tensor
+
+from benchmarks.simulation.workloads import Workload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.figures import figures
-from benchmarks.simulation.measure import BASE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.simulation.figures import figures
+from benchmarks.simulation.measure import BASE
 
 _COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#332288", "#117733")  # of fedelta's plans
 _PEERS = {BASE: "#000000", "flower": "#d55e00", "pfl-research": "#e69f00"}

@@ -5,6 +5,7 @@ mean. There is no federation: nothing is sent, checked or reported.
 """
 
 import torch
+
 from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
 from benchmarks.simulation.workloads import Workload, data, train_site, trained, vector
 

@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
 from benchmarks.simulation.plans import FedeltaPlan
 from benchmarks.simulation.workloads import CLASSES, Workload, data, trained, vector
-
 from fedelta import SGD, AdamW, Classification, Examples, FedAvg, Federation, Fixed, Local, Plan, Task, Training, run
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Fleet

@@ -14,14 +14,15 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import torch
-from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
-from benchmarks.simulation.workloads import Workload, data, find, train_site, vector
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
+
+from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
+from benchmarks.simulation.workloads import Workload, data, find, train_site, vector
 
 client = ClientApp()
 _chance = torch.Generator().manual_seed(0)

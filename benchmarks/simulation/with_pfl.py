@@ -9,8 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
-from benchmarks.simulation.workloads import Workload, data, predict, trained, vector
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -24,6 +22,9 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 from torch.nn import functional
+
+from benchmarks.simulation.outcome import Clock, Contestant, Outcome, Settings
+from benchmarks.simulation.workloads import Workload, data, predict, trained, vector
 
 
 class _Module(nn.Module):

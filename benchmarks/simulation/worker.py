@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from benchmarks.simulation.outcome import Contestant, Settings
 from benchmarks.simulation.plans import fedelta_plans
 from benchmarks.simulation.workloads import find

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedelta.algorithms.forecasting import forecast as forecast
     from fedelta.algorithms.planning import planned as planned
     from fedelta.algorithms.sampling import All as All
+    from fedelta.algorithms.sampling import Cyclic as Cyclic
     from fedelta.algorithms.sampling import Fixed as Fixed
     from fedelta.algorithms.sampling import Poisson as Poisson
     from fedelta.algorithms.stopping import Converged as Converged
@@ -116,7 +117,7 @@ _HOME = {
     "algorithms.forecast": ["Link"],
     "algorithms.forecasting": ["forecast"],
     "algorithms.planning": ["planned"],
-    "algorithms.sampling": ["All", "Fixed", "Poisson"],
+    "algorithms.sampling": ["All", "Cyclic", "Fixed", "Poisson"],
     "algorithms.stopping": ["Converged", "Target"],
     "core.examples": ["Examples"],
     "core.parameters": ["Parameters"],

@@ -19,7 +19,9 @@ from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Reply, Requests, Update
-from fedelta.core.program import run
+from fedelta.core.noise import SeededNoise
+from fedelta.core.parameters import Parameters
+from fedelta.core.program import Site, SiteData, run
 from fedelta.data.tables import read_table, text_and_labels
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
@@ -27,7 +29,9 @@ from fedelta.learning.closed_form import LDA, Ridge, moments
 from fedelta.learning.lora import LoRA
 from fedelta.learning.objectives import Classification, Regression
 from fedelta.learning.optimizers import SGD
+from fedelta.learning.plan import Plan
 from fedelta.learning.pretrained import Pretrained, tokenizer
+from fedelta.learning.private_moments import PrivateMoments, row_sums
 from fedelta.learning.task import Task
 from fedelta.learning.text import encode
 from fedelta.learning.training import Training
@@ -220,3 +224,76 @@ def test_minilm_on_real_news_gets_scikit_learns_head_in_one_round(shared, minilm
     scale = float(torch.from_numpy(reference.coef_).abs().max())
     torch.testing.assert_close(weight.double(), torch.from_numpy(reference.coef_), rtol=1e-4, atol=1e-4 * scale)
     torch.testing.assert_close(bias.double(), torch.from_numpy(reference.intercept_), rtol=1e-4, atol=1e-4 * scale)
+
+
+def replied(private: PrivateMoments, sites, task) -> tuple[list[Reply], list[str]]:
+    """What sites with these features and labels answer."""
+    requests = Requests(to=[f"site-{i}" for i in range(len(sites))], op="statistics", round=0)
+    classes = task.objective.classes
+    return [
+        Reply.to_request(request, private.at_site(x, y, classes, SeededNoise(7, request.to)).to_tensors())
+        for request, (x, y) in zip(requests, sites, strict=True)
+    ], list(requests.to)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**31), st.sampled_from(["site", "example"]))
+def test_private_sums_and_their_noise_arrive_whole(seed, unit):
+    g = torch.Generator().manual_seed(seed)
+    sites = [(torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g)) for n in (1, 5, 40)]
+    private = PrivateMoments(noise=3.0, unit=unit, site_norm=0.7)
+    task = plain_task()
+    replies, cohort = replied(private, sites, task)
+    tally = Tally(cohort=cohort)
+    found = round_zero.total(iter(replies), task, task.build(0), tally, 3, private, SeededNoise(9))
+    expected = torch.zeros(found.values.layout.size, dtype=torch.float64)
+    noises = [SeededNoise(7, party) for party in cohort] if unit == "example" else [SeededNoise(9)]
+    for noise in noises:
+        noise.add_normal(expected, 3.0)
+    for x, y in sites:
+        sums = row_sums(x, y, 3, private.feature_norm).vector
+        mean = sums / len(y)
+        expected += sums if unit == "example" else mean / max(0.7, float(mean.norm()))
+    assert (found.weight, found.sums) == ((46.0, {"variance": 27.0}) if unit == "example" else (3.0, {"variance": 9.0}))
+    torch.testing.assert_close(found.weight * found.values.vector, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_private_head_of_many_rows_is_near_the_plain_one_and_has_no_bias():
+    task, private = plain_task(), PrivateMoments(noise=0.6, unit="example", feature_norm=4.0)
+    module = task.build(3)
+    sites = {name: Examples.cat([data] * 40) for name, data in site_data().items()}
+    parameters = Parameters.of(module)
+    requests = Requests(to=list(sites), op="statistics", round=0)
+    replies = []
+    for request in requests:
+        at = Site(id=request.to, data=lambda name=request.to: SiteData(train=sites[name]))
+        noise = SeededNoise(1, request.to)
+        update = round_zero.statistics(task, parameters.vector, at, 3, Plan(), private, noise)
+        replies.append(Reply.to_request(request, update.to_tensors()))
+    found = round_zero.total(iter(replies), task, module, Tally(cohort=requests.to), 4, private)
+    headed = round_zero.with_head(Ridge(), task, module, parameters, found, private)
+    headed.load(module)
+    assert not module[-1].bias.any()
+    plain = head(federation(start=Ridge()), site_data())
+    with torch.no_grad():
+        features = module[:-1](POOL.inputs["x"])
+        agreed = module[-1](features).argmax(dim=1) == plain(features).argmax(dim=1)
+    assert agreed.double().mean() > 0.9
+
+
+def test_sites_that_would_count_for_more_than_one_are_absent():
+    task, private = plain_task(), PrivateMoments(noise=1.0, unit="site")
+    replies, cohort = replied(private, [(torch.ones(4, 8), torch.zeros(4, dtype=torch.int64))] * 3, task)
+    replies[0].body["value"].mul_(1.5)
+    replies[1].body["weight"].fill_(2.0)
+    tally = Tally(cohort=cohort)
+    found = round_zero.total(iter(replies), task, task.build(0), tally, 1, private, SeededNoise(0))
+    assert found.weight == 1.0
+    assert "its norm is 1.5" in tally.absent["site-0"]
+    assert "weight 2" in tally.absent["site-1"]
+
+
+def test_lda_of_private_sums_is_refused():
+    assert round_zero.ridge(Ridge(penalty=2.0)) == Ridge(penalty=2.0)
+    with pytest.raises(UnsoundCombination, match=r"LDA\(shrinkage=None\) .*; use Ridge\(\)"):
+        round_zero.ridge(LDA())

@@ -129,6 +129,11 @@ class FedSB:
             return self._started(state, total.values, round)
         return self._with_learned(replace(state, learned=moved(state.learned, total)))
 
+    @property
+    def by_gradient(self) -> bool:
+        """Not in the first round, unless its factors come from public examples."""
+        return self.public is not None
+
     @cached_property
     def _local(self) -> Task:
         return replace(self.task, model=Squared(model=self.task.model))

@@ -93,6 +93,7 @@ class FedBPT:
     rule: ClassVar[Rule] = SideBySide()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = False
     steady: ClassVar[bool] = True
 
     task: Task

@@ -64,6 +64,7 @@ class FedExLoRA:
     rule: ClassVar[Rule] = MeanAndResidual()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = False
 
     task: Task

@@ -70,6 +70,7 @@ class FedKSeed:
     rule: ClassVar[Rule] = Mean(bound=1.0)  # directions have numbers of size 1, so that a model is lost long before
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = False
     steady: ClassVar[bool] = False
 
     task: Task

@@ -35,6 +35,7 @@ class FedSALoRA:
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = True
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

@@ -34,6 +34,7 @@ class FFALoRA:
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = True
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

@@ -65,6 +65,7 @@ class FlexLoRA:
     kind: ClassVar[Kind] = "value"
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

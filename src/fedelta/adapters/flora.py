@@ -61,6 +61,7 @@ class FLoRA:
     rule: ClassVar[Rule] = Stacked()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = False
 
     task: Task

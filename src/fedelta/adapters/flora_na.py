@@ -83,6 +83,7 @@ class FLoRANA:
     rule: ClassVar[Rule] = NearestCombination()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

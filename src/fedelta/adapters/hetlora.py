@@ -47,6 +47,7 @@ class HetLoRA:
     rule: ClassVar[Rule] = Mean(weight_bound=2.0**10)  # norms are small: a fine grid
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

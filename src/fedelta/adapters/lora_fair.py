@@ -95,6 +95,7 @@ class LoRAFAIR:
     kind: ClassVar[Kind] = "value"
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

@@ -175,6 +175,10 @@ class OffsiteTuning(Generic[S]):
         return False
 
     @property
+    def by_gradient(self) -> bool:
+        return self.client.by_gradient
+
+    @property
     def steady(self) -> bool:
         return self.client.steady
 

@@ -49,6 +49,7 @@ class RoLoRA:
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = False
 
     task: Task

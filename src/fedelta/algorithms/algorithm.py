@@ -10,9 +10,11 @@ from fedelta.aggregation.rule import Rule
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
+from fedelta.core.noise import Noise
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Site
 from fedelta.learning.cohort import Cohort, train_many
+from fedelta.learning.dp_sgd import PrivateSteps, train_private
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
@@ -31,6 +33,7 @@ class Incoming:
     seed: int  # of the run: decides how the model is built
     local_seed: int  # of this site in this round: decides its shuffling and dropout
     plan: Plan
+    private: tuple[PrivateSteps, Noise] | None = None  # how to train where examples are protected
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +75,11 @@ class Algorithm(Protocol[S]):
     @property
     def personal(self) -> bool:
         """Whether a part of what is learned stays at each site, so that only sites can evaluate."""
+        ...
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether all that leaves a site was learned by `trained`, where examples can be protected."""
         ...
 
     @property
@@ -153,7 +161,24 @@ def trained(
     *,
     penalty: Penalty | None = None,
 ) -> dict[str, float]:
-    """Train `model` in place with the randomness of this site and round: the sums of the objective."""
+    """Train `model` in place with the randomness of this site and round: the sums of the objective.
+
+    Where examples are protected, these sums are no part of what may leave, and only the steps are given.
+    """
+    if incoming.private is not None:
+        steps, noise = incoming.private
+        return train_private(
+            model,
+            rows,
+            task.objective,
+            training,
+            incoming.plan,
+            round=incoming.round,
+            seed=incoming.local_seed,
+            private=steps,
+            noise=noise,
+            penalty=penalty,
+        )
     return train(
         model,
         rows,

@@ -26,6 +26,7 @@ class FedAvg:
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = True
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

@@ -6,7 +6,8 @@ checked, passed through the stages in reverse, and aggregated as it comes.
 """
 
 import copy
-import math
+import itertools
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,23 +19,29 @@ from torch import nn
 
 from fedelta.aggregation.factors import Meter, half, pairs
 from fedelta.aggregation.rule import ManyRule, Rule
-from fedelta.algorithms import round_zero
+from fedelta.algorithms import evaluation, round_zero, soundness
 from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
-from fedelta.algorithms.sampling import All, Fixed, Sampling
+from fedelta.algorithms.private import Entropy, Guard, Privacy, scheme
+from fedelta.algorithms.sampling import All, Sampling
 from fedelta.algorithms.stopping import Best, Stop
 from fedelta.algorithms.tally import Tally, bodies
-from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
+from fedelta.core.digest import digest
+from fedelta.core.errors import BadInput, BadTensors, TooFewSites
 from fedelta.core.examples import Examples
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
+from fedelta.core.release import Ledger
 from fedelta.core.seeds import derive, derive_each
 from fedelta.core.threads import intra_op_threads
 from fedelta.learning.closed_form import ClosedForm
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
+from fedelta.privacy.example_level import ROWS
+from fedelta.privacy.guarantee import PrivacyState
+from fedelta.privacy.ledger import MemoryLedger
 
 S = TypeVar("S")
 NO_VALUES = Layout.of({})
@@ -51,6 +58,7 @@ class FederationState(Generic[S]):
     best: Best = Best()
     stopped: str | None = None
     stop: str = ""  # the condition to which `best` and `stopped` belong: another one starts anew
+    privacy: PrivacyState | None = None  # None: there is no guarantee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class Federation(Generic[S]):
     start: ClosedForm | None = None  # round zero: the head in closed form, from all sites
     sampling: Sampling = All()
     rule: Rule | None = None  # how updates become one; None: as the algorithm does it
+    privacy: Privacy | None = None  # the guarantee that sites or examples have
     stages: Sequence[Stage] = ()
     encoding: Encoding = Float32()
     collect: Collect = Clear()
@@ -70,58 +79,16 @@ class Federation(Generic[S]):
     evaluate_every: int = 1  # rounds between evaluations; the last round is always evaluated
     plan: Plan = field(default=Plan(), metadata={"digest": False})  # of the arithmetic: a manifest has it apart
     validate_at_sites: bool = False  # ask every site to evaluate on the part that it holds back
+    # Of the privacy's releases, at the coordinator; the default is one that ends with the process.
+    ledger: Ledger = field(default_factory=MemoryLedger, repr=False, compare=False, metadata={"digest": False})
+    # Where noise comes from, and samplings that amplify: "seed" for simulations, "system" where a guarantee is meant.
+    entropy: Entropy = field(default="seed", metadata={"digest": False})
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 0), ("min_sites", 1), ("evaluate_every", 1)):
             if getattr(self, name) < least:
                 raise BadInput(f"Federation.{name} must be >= {least}, got {getattr(self, name)}")
-        self._check_algorithm()
-        if isinstance(self.sampling, Fixed) and self.sampling.size < self.min_sites:
-            raise BadInput(f"{self.sampling} asks fewer sites than min_sites={self.min_sites} must answer")
-        objective = self.algorithm.task.objective
-        known = [f"{part}_{name}" for part in ("train", "test", "validation") for name in objective.metrics]
-        if self.stop is not None and self.stop.metric not in known:
-            raise BadInput(f"there is no metric {self.stop.metric!r} to stop at; there are {', '.join(known)}")
-        if self.test is not None:
-            try:
-                self.algorithm.task.check(self.test)
-            except BadInput as error:
-                raise BadInput(f"the test set: {error}") from error
-            if not len(self.test):
-                raise BadInput("the test set has no examples")
-        if self.start is not None:
-            round_zero.classes(self.algorithm.task)
-            if self.stages:
-                raise UnsoundCombination(
-                    f"{self.start} collects sums of features, which {self.stages} would not treat; leave `start` out"
-                )
-
-    def _check_algorithm(self) -> None:
-        """Raise if the algorithm does not go with the other parts."""
-        if self.aggregation.needs is Sight.EACH and self.collect.shows is Sight.SUM:
-            raise UnsoundCombination(
-                f"{self.aggregation} works on single updates, but {self.collect} reveals only their sum; use Clear() "
-                "as the collect, or an algorithm and a rule that need no more than sums"
-            )
-        own = type(self.algorithm).__name__
-        if self.rule is not None and self.algorithm.rule.needs is Sight.EACH:
-            raise UnsoundCombination(f"{own} aggregates in its own way, and not by {self.rule}; leave `rule` out")
-        if self.stages and self.algorithm.kind == "value":
-            raise UnsoundCombination(
-                f"{own} sends values, which {self.stages} would treat as differences; leave the stages out, or use an "
-                "algorithm that sends differences"
-            )
-        if self.plan.cohort not in (None, 1) and not self.algorithm.at_once:
-            raise BadInput(f"{own} trains its sites one by one; leave Plan.cohort out")
-        if self.algorithm.personal and self.test is not None:
-            raise BadInput(
-                f"with {own} a part of the model stays at each site, so that only sites can evaluate; leave `test` out "
-                "and set validate_at_sites"
-            )
-        if not self.encoding.linear and self.collect.shows is Sight.SUM:
-            raise UnsoundCombination(
-                f"{self.encoding} cannot be added up, but {self.collect} reveals only sums; use a linear encoding"
-            )
+        soundness.check(self)
 
     @property
     def aggregation(self) -> Rule:
@@ -134,20 +101,25 @@ class Federation(Generic[S]):
 
     def init(self) -> FederationState[S]:
         """The state before the first round. Raises BadInput if `stop` waits for what is never measured."""
-        part = self.stop.metric.partition("_")[0] if self.stop is not None else "train"
-        if (part == "test" and self.test is None) or (part == "validation" and not self.validate_at_sites):
-            cure = "give test examples" if part == "test" else "set validate_at_sites"
-            raise BadInput(f"{self.stop} waits for a metric that is never measured; {cure}")
+        soundness.check_stop(self)
         module = self.algorithm.task.build(self.seed)
         if self.start is not None:
             round_zero.check(self.start, self.algorithm.task, module)
-        return FederationState(algorithm=self.algorithm.init(Parameters.of(module)))
+        parameters = Parameters.of(module)
+        if self.privacy is not None:
+            soundness.check_layout(self.privacy, parameters.layout)
+        privacy = None if self.privacy is None else PrivacyState()
+        return FederationState(algorithm=self.algorithm.init(parameters), privacy=privacy)
 
     def finished(self, state: FederationState[S]) -> str | None:
         if self.start is not None and not state.started:
             return None
         if state.stopped is not None and state.stop == repr(self.stop):
             return state.stopped
+        if state.round < self.rounds and self._guard is not None and state.privacy is not None:
+            spent = self._guard.over(state.privacy, state.round + 1)
+            if spent is not None:
+                return spent
         done = "its one round is" if self.rounds == 1 else f"all {self.rounds} rounds are"
         return f"{done} done" if state.round >= self.rounds else None
 
@@ -158,16 +130,45 @@ class Federation(Generic[S]):
             raise TooFewSites(f"there are {len(parties)} sites, and min_sites={self.min_sites} must answer")
         zeroth = self.start is not None and not state.started
         round = 0 if zeroth else state.round + 1
-        tally = Tally(cohort=parties if zeroth else self.sampling(parties, round, self.seed))
+        state = self.begun(state, parties)
+        tally = Tally(cohort=parties if zeroth else self.sampling(parties, round, self._sampling_seed))
         with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
-            algorithm, metrics = (self._start if zeroth else self._train)(state, round, fleet, tally)
+            after, metrics = (self._start if zeroth else self._train)(state, round, fleet, tally)
         trained, waited = time.perf_counter(), tally.waited
         answered = {} if zeroth else dict.fromkeys(tally.answered, round)
-        after = replace(state, algorithm=algorithm, round=round, started=True, bases={**state.bases, **answered})
+        after = replace(after, round=round, started=True, bases={**state.bases, **answered})
         after, metrics = self._judged(after, metrics, fleet, tally)
         seconds = {"sites": waited, "aggregation": trained - began - waited}
         seconds["evaluation"] = time.perf_counter() - trained
         return after, tally.report(round, metrics, seconds, stop=self.finished(after))
+
+    def begun(self, state: FederationState[S], parties: Sequence[PartyId]) -> FederationState[S]:
+        """The state with its guarantee made for these sites, or found to be that of this run."""
+        if self._guard is None or state.privacy is None:
+            return state
+        size = self.algorithm.layout(state.algorithm, parties[0]).size
+        privacy = self._guard.begin(state.privacy, parties, size, self.rounds, self.start is not None)
+        return replace(state, privacy=privacy)
+
+    @cached_property
+    def _guard(self) -> Guard | None:
+        if self.privacy is None:
+            return None
+        return Guard(
+            privacy=self.privacy,
+            ledger=self.ledger,
+            entropy=self.entropy,
+            seed=self.seed,
+            job=digest(self),
+            sampling=self.sampling,
+            training=self.algorithm.training,
+        )
+
+    @property
+    def _sampling_seed(self) -> int:
+        """One that nobody else knows, where a guarantee is meant and rests on nobody's knowing who was asked."""
+        amplifies = self.privacy is not None and scheme(self.sampling) in ("poisson", "fixed")
+        return secrets.randbits(62) if amplifies and self.entropy == "system" else self.seed
 
     def _judged(
         self, state: FederationState[S], metrics: dict[str, float], fleet: Fleet, tally: Tally
@@ -189,28 +190,57 @@ class Federation(Generic[S]):
         parameters = self.algorithm.parameters(state.algorithm)
         return self.evaluate(parameters) | self._validate(state, fleet, tally)
 
-    def _train(self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally) -> tuple[S, dict[str, float]]:
-        """The algorithm's state after the cohort has trained, and the metrics of that training."""
+    def _train(
+        self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally
+    ) -> tuple[FederationState[S], dict[str, float]]:
+        """The state after the cohort has trained, and the metrics of that training."""
         cohort, algorithm = tally.cohort, state.algorithm
-        if len(cohort) < self.min_sites:  # Poisson sampling may draw fewer: a round in which nothing is learned
-            return algorithm, {}
-        shared, own = self.algorithm.broadcast(algorithm, {party: state.bases.get(party, -1) for party in cohort})
+        if len(cohort) < self.min_sites and not self._noised_total:
+            return state, {}  # Poisson sampling may draw fewer: a round in which nothing is learned
+        shared, own = self.broadcast(state, cohort)
         requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
         updates = self._in_order(self._arriving(fleet, requests, algorithm, tally), cohort)
         meter = Meter(self.algorithm.parameters(algorithm)) if self._metered and self._due(round) else None
-        total = self.aggregation(updates if meter is None else meter.watch(updates), len(cohort))
+        layout = self.algorithm.layout(algorithm, fleet.parties()[0])
+        total = self._total(updates if meter is None else meter.watch(updates), len(cohort), layout)
         metrics = self._named("train", total.sums)
-        if self._due(round) and any(map(half, self.algorithm.layout(algorithm, cohort[0]).by_name)):
+        if self._due(round) and any(map(half, layout.by_name)):
             error, tally.aggregation_errors = (None, {}) if meter is None else meter.errors(total)
             metrics |= {} if error is None else {"aggregation_error": error}
+        if self._guard is not None and state.privacy is not None:
+            rows = {party: tally.rows.get(party, 1) for party in tally.answered}
+            total, privacy, tally.releases = self._guard.released(total, state.privacy, rows, shared, round)
+            state = replace(state, privacy=privacy)
         for stage in reversed(self.stages):
             total = stage.on_total(total)
-        return self.algorithm.step(algorithm, total, round), metrics
+        return replace(state, algorithm=self.algorithm.step(algorithm, total, round)), metrics
+
+    def broadcast(self, state: FederationState[S], to: Sequence[PartyId]) -> tuple[Tensors, dict[PartyId, Tensors]]:
+        """What all of these sites get in order to train, and what each gets besides, or in its place."""
+        shared, own = self.algorithm.broadcast(state.algorithm, {party: state.bases.get(party, -1) for party in to})
+        return {**shared, **self._told(state)}, own
+
+    def _told(self, state: FederationState[S]) -> Tensors:
+        """What sites have to know of the guarantee."""
+        return {} if self.privacy is None or state.privacy is None else self.privacy.shared(state.privacy)
+
+    def _total(self, updates: Iterator[Update], cohort: int, layout: Layout) -> Update:
+        """The aggregate; of no update at all where what is released is noised, as a round must not show that."""
+        if not self._noised_total:
+            return self.aggregation(updates, cohort)
+        first = next(updates, None)
+        if first is None:
+            return Update(values=Parameters.zeros(layout), weight=0.0)
+        return self.aggregation(itertools.chain((first,), updates), cohort)
+
+    @property
+    def _noised_total(self) -> bool:
+        return self.privacy is not None and self.privacy.central
 
     @cached_property
     def _metered(self) -> bool:
         """Whether the coordinator can see how far the aggregate of low-rank factors is from the mean of products."""
-        return self.collect.shows is Sight.EACH and bool(pairs(self._working_copy().layout))
+        return self.privacy is None and self.collect.shows is Sight.EACH and bool(pairs(self._working_copy().layout))
 
     def _in_order(
         self, arriving: Iterator[tuple[Sequence[PartyId], Update]], cohort: Sequence[PartyId]
@@ -223,15 +253,24 @@ class Federation(Generic[S]):
             yield update
             del update  # or it would stay in memory while the next one arrives
 
-    def _start(self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally) -> tuple[S, dict[str, float]]:
-        """The algorithm's state with the head that round zero gives."""
+    def _start(
+        self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally
+    ) -> tuple[FederationState[S], dict[str, float]]:
+        """The state with the head that round zero gives."""
         assert self.start is not None
         task, parameters = self.algorithm.task, self.algorithm.parameters(state.algorithm)
-        requests = Requests(to=tally.cohort, op="statistics", round=round, shared={"parameters": parameters.vector})
+        told = self._told(state)
+        shared = {"parameters": parameters.vector, **told}
+        requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
         replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
         module = self._working_copy().module
-        total = round_zero.total(replies, task, module, tally, self.min_sites)
-        return self.algorithm.init(round_zero.with_head(self.start, task, module, parameters, total)), {}
+        private = None if self._guard is None else self._guard.moments(told)
+        noise = None if self._guard is None else self._guard.noise("start", self._guard.times(round))
+        total = round_zero.total(replies, task, module, tally, self.min_sites, private, noise)
+        if self._guard is not None:
+            tally.releases = self._guard.started(tally.answered, told)
+        headed = round_zero.with_head(self.start, task, module, parameters, total, private)
+        return replace(state, algorithm=self.algorithm.init(headed)), {}
 
     def handle(self, request: Request, site: Site) -> Reply:
         if request.op == "train":
@@ -280,7 +319,8 @@ class Federation(Generic[S]):
         )
         updates, errors = self.algorithm.local_many(incoming, sites)
         rule = self.aggregation
-        if not self.stages and self.encoding.linear and isinstance(rule, ManyRule) and not self._metered:
+        seen_alone = self.stages or self.privacy is not None or self._metered
+        if not seen_alone and self.encoding.linear and isinstance(rule, ManyRule):
             refused = rule.refuse_many(updates)
             errors |= {updates.senders[row]: reason for row, reason in refused.items()}
             updates = updates.without(refused)
@@ -288,16 +328,29 @@ class Federation(Generic[S]):
         else:
             updates = replace(updates, values=updates.values.cpu())
             by_name = {site.id: site for site in sites}
-            encoded = [self._outgoing(one, by_name[to]) for to, one in zip(updates.senders, updates, strict=True)]
+            pairs = zip(updates.senders, updates, strict=True)
+            encoded = [self._outgoing(one, by_name[to], requests.shared, requests.round) for to, one in pairs]
             body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}
         return Replies(senders=updates.senders, answers=requests.id, round=requests.round, body=body, errors=errors)
 
     def _update(self, request: Request, site: Site) -> Tensors:
-        return self._outgoing(self.algorithm.local(self._incoming(request), site), site)
+        incoming = self._incoming(request)
+        if self._guard is not None:
+            private = self._guard.training_at(site, request.shared, request.round)
+            # what dropout hides of a row depends on the others of its batch, which nobody else may know
+            secret = self.entropy == "system" and private is not None
+            seed = secrets.randbits(62) if secret else incoming.local_seed
+            incoming = replace(incoming, private=private, local_seed=seed)
+        return self._outgoing(self.algorithm.local(incoming, site), site, request.shared, request.round)
 
     def _statistics(self, request: Request, site: Site) -> Tensors:
         parameters = request.shared["parameters"]
-        update = round_zero.statistics(self.algorithm.task, parameters, site, self.seed, self._plan)
+        guard, task = self._guard, self.algorithm.task
+        if guard is None:
+            return round_zero.statistics(task, parameters, site, self.seed, self._plan).to_tensors()
+        private, noise = guard.moments(request.shared), guard.noise("statistics", site.id)
+        update = round_zero.statistics(task, parameters, site, self.seed, self._plan, private, noise)
+        guard.start_leaves(site, request.shared)
         return update.to_tensors()
 
     def _incoming(self, request: Request) -> Incoming:
@@ -310,9 +363,11 @@ class Federation(Generic[S]):
             plan=self._plan,
         )
 
-    def _outgoing(self, update: Update, site: Site) -> Tensors:
+    def _outgoing(self, update: Update, site: Site, told: Tensors, round: int) -> Tensors:
         for stage in self.stages:
             update = stage.on_site(update, site)
+        if self._guard is not None:
+            update = self._guard.leaving(update, site, told, round)
         return self.encoding.encode(update)
 
     def _evaluation(self, request: Request, site: Site) -> Tensors:
@@ -349,8 +404,10 @@ class Federation(Generic[S]):
                     tally.absent |= dict.fromkeys(senders, refusal)
                     continue
                 tally.accept(senders, update.count)
+                if ROWS in update.sums:
+                    tally.rows[senders[0]] = int(update.sums[ROWS])
                 yield senders, update
-        if tally.accepted < self.min_sites:
+        if tally.accepted < self.min_sites and not self._noised_total:
             raise TooFewSites(tally.shortage(requests.round, self.min_sites))
 
     def _check(self, update: Update, senders: int) -> None:
@@ -361,9 +418,12 @@ class Federation(Generic[S]):
             raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
         if self.collect.shows is Sight.EACH and update.count != senders:
             raise BadTensors(f"it claims to be of {update.count} sites")
-        missing = set(self.algorithm.task.objective.sums) - update.sums.keys()
+        needed = self.algorithm.task.objective.sums if self.privacy is None else self.privacy.numbers
+        missing = set(needed) - update.sums.keys()
         if missing:
             raise BadTensors(f"it lacks the sums {', '.join(sorted(missing))}")
+        if self.privacy is not None and not self.privacy.central and update.sums.get(ROWS, 1.0) < 1:
+            raise BadTensors("it says that it is of no rows")
 
     def _validate(self, state: FederationState[S], fleet: Fleet, tally: Tally) -> dict[str, float]:
         """Metrics over all sites' held-back examples, and per site where the collect shows them."""
@@ -372,28 +432,6 @@ class Federation(Generic[S]):
         parties = fleet.parties()
         shared, own = self.algorithm.broadcast(state.algorithm, {to: state.bases.get(to, -1) for to in parties})
         requests = Requests(to=parties, op="evaluate", round=state.round, bases=state.bases, shared=shared, bodies=own)
-        sums: dict[str, list[float]] = {}
-        for reply in tally.watch(self.collect.gather(fleet, requests, 1), requests):
-            assert isinstance(reply, Reply)
-            try:
-                found = self._measured(reply)
-            except BadTensors as error:
-                tally.unmeasured[reply.sender] = str(error)
-                continue
-            if self.collect.shows is Sight.EACH and found:
-                tally.per_site[reply.sender] = self._named("validation", found)
-            for name, value in found.items():
-                sums.setdefault(name, []).append(value)
-        # fsum is exact, so the order of arrivals does not show
-        return self._named("validation", {name: math.fsum(values) for name, values in sums.items()})
-
-    def _measured(self, reply: Reply) -> Mapping[str, float]:
-        """The sums of an evaluation, empty from a site that holds nothing back. Raises BadTensors if there are none."""
-        if reply.error is not None:
-            raise BadTensors(reply.error)
-        sums = Update.from_tensors(reply.body, NO_VALUES).sums
-        if sums and sums.keys() != set(self.algorithm.task.objective.sums):
-            raise BadTensors(f"its evaluation has the sums {', '.join(sorted(sums))}")
-        if not all(map(math.isfinite, sums.values())):
-            raise BadTensors("its evaluation gave a number that is not finite")
-        return sums
+        replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
+        sums = evaluation.added(replies, self.algorithm.task.objective, tally, self.collect.shows)
+        return self._named("validation", sums)

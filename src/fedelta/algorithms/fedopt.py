@@ -163,6 +163,10 @@ class FedOpt:
         return self.client.personal
 
     @property
+    def by_gradient(self) -> bool:
+        return self.client.by_gradient
+
+    @property
     def steady(self) -> bool:
         return self.client.steady
 

@@ -29,6 +29,7 @@ class FedProx:
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = True
     personal: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = True
     steady: ClassVar[bool] = True
 
     task: Task

@@ -37,7 +37,7 @@ def forecast(
     """
     if len(names) < federation.min_sites:
         raise TooFewSites(f"there are {len(names)} sites, and min_sites={federation.min_sites} must answer")
-    messages = _Messages(federation)
+    messages = _Messages(federation, names)
     module = federation.model(messages.state)
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     model = FlatModel(module)
@@ -96,14 +96,16 @@ class _Held:
 class _Messages:
     """The requests of the first round."""
 
-    def __init__(self, federation: Federation[Any]) -> None:
+    def __init__(self, federation: Federation[Any], names: Sequence[PartyId]) -> None:
         self.federation = federation
-        self.state = federation.init()
+        self.state = federation.begun(federation.init(), names)
         self._plain = {"parameters": federation.algorithm.parameters(self.state.algorithm).vector}
+        if federation.privacy is not None and self.state.privacy is not None:
+            self._plain |= federation.privacy.shared(self.state.privacy)
 
     def to(self, name: PartyId) -> dict[str, Tensors]:
         """All that a site gets, by the kind of the request."""
-        shared, own = self.federation.algorithm.broadcast(self.state.algorithm, {name: -1})
+        shared, own = self.federation.broadcast(self.state, [name])
         return self._by_kind({**shared, **own.get(name, {})})
 
     def sizes(self, names: Sequence[PartyId]) -> dict[PartyId, dict[str, int]]:
@@ -111,7 +113,7 @@ class _Messages:
         found = {}
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
-            shared, own = self.federation.algorithm.broadcast(self.state.algorithm, dict.fromkeys(part, -1))
+            shared, own = self.federation.broadcast(self.state, part)
             alike = {op: codec.size(tensors) for op, tensors in self._by_kind(shared).items()}
             for name in part:
                 mine = self._by_kind({**shared, **own[name]}) if name in own else {}

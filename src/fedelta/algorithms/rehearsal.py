@@ -86,8 +86,11 @@ class _Site:
         # A task of its own: what this process has built for the other one would not show in the memory.
         task = federation.algorithm.task
         own = replace(task, features=None)  # and nothing is written
-        self._federation = replace(federation, algorithm=swapped(federation.algorithm, task, own))
-        self._requests, self._name, self._data = requests, name, data
+        # Any noise will do, where that of the run is solved from the number of rows, of which there are few here.
+        given: Any = federation.privacy
+        privacy = None if given is None else replace(given, noise=1.0)
+        self._federation = replace(federation, algorithm=swapped(federation.algorithm, task, own), privacy=privacy)
+        self._requests, self._name, self._data = requests, name, replace(data, ledger=None)
         self._buffers: deque[bytes] = deque(maxlen=4)  # the messages of two rounds
 
     def rehearse(self, steps: int, seconds: float, memory: Memory) -> Rehearsal:

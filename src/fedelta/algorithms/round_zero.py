@@ -2,6 +2,8 @@
 
 Every registered site is asked once, whatever the sampling of later rounds is; what it sends passes through the collect,
 as an update does, and is added on a grid of its own, so that the head does not depend on how the rows are split.
+
+Where the sums are to be private (`PrivateMoments`), each half adds the noise that is its own to add.
 """
 
 from collections.abc import Iterator
@@ -12,15 +14,17 @@ from torch import Tensor, nn
 
 from fedelta.aggregation.mean import Mean
 from fedelta.algorithms.tally import Tally, bodies
-from fedelta.core.errors import BadInput, BadTensors, TooFewSites
+from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Replies, Reply, Update
+from fedelta.core.noise import Noise
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Site
 from fedelta.learning.closed_form import ClosedForm, Ridge, moments, moments_layout
 from fedelta.learning.features import NoFeatures, feature_shape, features, head_layer
 from fedelta.learning.objectives import Classification
 from fedelta.learning.plan import Plan
+from fedelta.learning.private_moments import PrivateMoments, private_layout
 from fedelta.learning.structure import is_new
 from fedelta.learning.task import Task
 
@@ -35,6 +39,15 @@ def check(start: ClosedForm, task: Task, module: nn.Module) -> None:
     layer = _linear(module, head_layer(module, classes(task)))
     if layer.bias is None and start.needs_bias:
         raise BadInput(f"the head of {type(module).__name__} has no bias, and {start} needs one; use Ridge()")
+
+
+def ridge(start: ClosedForm) -> Ridge:
+    """`start`, which has to be Ridge where the sums are private. Raises UnsoundCombination for another."""
+    if not isinstance(start, Ridge):
+        raise UnsoundCombination(
+            f"{start} inverts the covariance within classes, which does not stand the noise of privacy; use Ridge()"
+        )
+    return start
 
 
 def usual(task: Task, examples: Examples, seed: int, plan: Plan) -> ClosedForm | None:
@@ -53,8 +66,19 @@ def usual(task: Task, examples: Examples, seed: int, plan: Plan) -> ClosedForm |
     return USUAL if is_new(module.get_submodule(name)) else None
 
 
-def statistics(task: Task, parameters: Tensor, site: Site, seed: int, plan: Plan) -> Update:
-    """A site's half: the moments of its training examples under the broadcast model, weighted by their number."""
+def statistics(
+    task: Task,
+    parameters: Tensor,
+    site: Site,
+    seed: int,
+    plan: Plan,
+    private: PrivateMoments | None = None,
+    noise: Noise | None = None,
+) -> Update:
+    """A site's half: the moments of its training examples under the broadcast model, weighted by their number.
+
+    Where they are `private` they are as that says; `noise` is what a site draws from to hide single examples.
+    """
     data = site.data().train
     task.check(data)
     if not len(data):
@@ -67,27 +91,54 @@ def statistics(task: Task, parameters: Tensor, site: Site, seed: int, plan: Plan
         features(model.module, [name], rows, plan, found)
     except NoFeatures as error:
         raise BadInput(f"{error}, so that its head cannot be solved in closed form; leave `start` out") from error
+    if private is not None:
+        return private.at_site(found, data.targets, classes(task), noise)
     return Update(values=moments(found, data.targets, classes(task)), kind="value", weight=float(len(data)))
 
 
-def total(replies: Iterator[Reply | Replies], task: Task, module: nn.Module, tally: Tally, min_sites: int) -> Update:
+def total(
+    replies: Iterator[Reply | Replies],
+    task: Task,
+    module: nn.Module,
+    tally: Tally,
+    min_sites: int,
+    private: PrivateMoments | None = None,
+    noise: Noise | None = None,
+) -> Update:
     """The coordinator's half: the mean over all rows, and their number as its weight.
 
+    Where they are `private` it is what that makes of it; `noise` is what a coordinator draws from to hide whole sites.
     Raises TooFewSites if not as many as `min_sites` answered.
     """
     layer = _linear(module, head_layer(module, classes(task)))
-    layout = moments_layout(classes(task), layer.in_features)
+    layout = (moments_layout if private is None else private_layout)(classes(task), layer.in_features)
     coarse = _RULE.resolution(len(tally.cohort))
-    halves = (_halved(update, coarse) for update in _arriving(replies, layout, tally, min_sites))
+    halves = (_halved(update, coarse) for update in _arriving(replies, layout, tally, min_sites, private))
     mean = _RULE(halves, len(tally.cohort))
-    return replace(mean, values=Parameters(layout, mean.values["coarse"] + mean.values["fine"] * coarse / _RULE.bound))
+    vector = mean.values["coarse"] + mean.values["fine"] * coarse / _RULE.bound
+    mean = replace(mean, values=Parameters(layout, vector))
+    return mean if private is None else private.on_total(mean, noise)
 
 
-def with_head(start: ClosedForm, task: Task, module: nn.Module, parameters: Parameters, total: Update) -> Parameters:
-    """`parameters`, a copy of them, with the head that the moments give. `module` has their layout."""
+def with_head(
+    start: ClosedForm,
+    task: Task,
+    module: nn.Module,
+    parameters: Parameters,
+    total: Update,
+    private: PrivateMoments | None = None,
+) -> Parameters:
+    """`parameters`, a copy of them, with the head that the moments give. `module` has their layout.
+
+    A head of `private` moments has a bias of zero. Raises UnsoundCombination if they do not go with `start`.
+    """
     name = head_layer(module, classes(task))
     intercept = f"{name}.bias" in parameters
-    weight, bias = start.solve(total.values, total.weight, intercept)
+    if private is None:
+        weight, bias = start.solve(total.values, total.weight, intercept)
+    else:
+        weight = private.solve(total, ridge(start).penalty)
+        bias = weight.new_zeros(len(weight))
     headed = parameters.like(parameters.vector.clone())
     headed[f"{name}.weight"].copy_(weight)
     if intercept:
@@ -119,16 +170,18 @@ def _halved(update: Update, coarse: float) -> Update:
     return replace(update, values=Parameters(Layout.of(halves), torch.cat(list(halves.values()))))
 
 
-def _arriving(replies: Iterator[Reply | Replies], layout: Layout, tally: Tally, min_sites: int) -> Iterator[Update]:
+def _arriving(
+    replies: Iterator[Reply | Replies], layout: Layout, tally: Tally, min_sites: int, private: PrivateMoments | None
+) -> Iterator[Update]:
     for reply in replies:
         for senders, body in bodies(reply, tally.absent):
             try:
                 update = Update.from_tensors(body, layout)
                 if update.kind != "value" or update.values.vector.dtype != torch.float64:
                     raise BadTensors(f"they are a {update.kind} in {update.values.vector.dtype}")
-                shares = update.values["class_shares"]
-                if not bool((shares >= 0).all()) or abs(float(shares.sum()) - 1) > 1e-9:
-                    raise BadTensors("its shares of the classes do not add up to 1")
+                fault = _shares(update) if private is None else private.refuse(update)
+                if fault is not None:
+                    raise BadTensors(fault)
             except BadTensors as error:
                 tally.absent |= dict.fromkeys(senders, f"its statistics are malformed: {error}")
                 continue
@@ -140,3 +193,10 @@ def _arriving(replies: Iterator[Reply | Replies], layout: Layout, tally: Tally, 
             yield update
     if tally.accepted < min_sites:
         raise TooFewSites(tally.shortage(0, min_sites))
+
+
+def _shares(update: Update) -> str | None:
+    shares = update.values["class_shares"]
+    if not bool((shares >= 0).all()) or abs(float(shares.sum()) - 1) > 1e-9:
+        return "its shares of the classes do not add up to 1"
+    return None

@@ -1,7 +1,8 @@
 """Who takes part in a round.
 
-Every choice is a function of (seed, round), so a run that is resumed asks the same sites. Limits: a choice that a
-privacy guarantee relies on must not be reproducible, and needs the randomness of the operating system instead.
+Every choice is a function of (seed, round), so a run that is resumed asks the same sites. Limits: where a privacy
+guarantee relies on nobody knowing who was chosen, the choice must not be reproducible, and needs the randomness of the
+operating system instead.
 """
 
 from collections.abc import Sequence
@@ -63,3 +64,30 @@ class Poisson:
     def __call__(self, parties: Sequence[PartyId], round: int, seed: int) -> list[PartyId]:
         draws = torch.rand(len(parties), generator=generator(seed, "sampling", round), dtype=torch.float64)
         return [party for party, draw in zip(parties, draws.tolist(), strict=True) if draw < self.rate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclic:
+    """Sites in turn: the seed deals them into `groups` groups, as equal as can be, and round r asks group r mod groups.
+
+    A site is asked every `groups` rounds, so at most ceil(rounds / groups) times. That is what noise that is correlated
+    across rounds needs (`privacy/matrix_noise.py`). It amplifies no guarantee: whoever knows the seed knows who is
+    asked when. Limits: the groups are those of one seed and one set of sites. With another seed, or when a site joins
+    or leaves, all are dealt anew, and two turns of a site may be closer to each other.
+    """
+
+    groups: int
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise BadInput(f"Cyclic.groups must be at least 1, got {self.groups}")
+
+    def __call__(self, parties: Sequence[PartyId], round: int, seed: int) -> list[PartyId]:
+        if self.groups > len(parties):
+            raise BadInput(
+                f"{self.groups} groups were asked for and only {len(parties)} sites are registered; ask for fewer"
+            )
+        places = torch.randperm(len(parties), generator=generator(seed, "sampling", "groups")).tolist()
+        # by name, so that it does not matter in which order they registered
+        group = {party: place % self.groups for party, place in zip(sorted(parties), places, strict=True)}
+        return [party for party in parties if group[party] == round % self.groups]

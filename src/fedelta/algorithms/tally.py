@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fedelta.core import codec
 from fedelta.core.messages import PartyId, Replies, Reply, Requests, Tensors
 from fedelta.core.program import Report
+from fedelta.core.release import Release
 
 
 @dataclass(kw_only=True)
@@ -20,6 +21,8 @@ class Tally:
     unmeasured: dict[PartyId, str] = field(default_factory=dict)
     per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
     aggregation_errors: Mapping[str, float] | None = None
+    rows: dict[PartyId, int] = field(default_factory=dict)  # of sites whose numbers of rows are public
+    releases: Sequence[Release] = ()
     bytes_down: int = 0
     bytes_up: int = 0
     waited: float = 0.0  # seconds spent waiting for replies
@@ -56,6 +59,7 @@ class Tally:
             absent=self.absent,
             unmeasured=self.unmeasured,
             aggregation_errors=self.aggregation_errors,
+            releases=self.releases,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             seconds=seconds,

@@ -28,10 +28,11 @@ from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi
 from fedelta.algorithms.fedprox import FedProx
-from fedelta.algorithms.sampling import All, Fixed
+from fedelta.algorithms.sampling import All, Fixed, Poisson, Sampling
 from fedelta.cli.experiment import Sites
 from fedelta.cli.finetune_data import Continued, Images, Masked, Numbers, Reading, Recordings, Texts, Words
 from fedelta.cli.options import RunSettings
+from fedelta.cli.privacy import Asked
 from fedelta.cli.simulate import Simulation
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
@@ -56,6 +57,8 @@ from fedelta.learning.structure import listing
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.learning.tuning import BitFit, Full, Head, HeadAndNorms, LastLayers, Tuning
+from fedelta.privacy.example_level import ExampleLevel
+from fedelta.privacy.local_dp import LocalDP
 
 if TYPE_CHECKING:
     import pandas
@@ -140,15 +143,18 @@ class FineTuning:
     mu: float = 0.01
     server_lr: float | None = None
     per_round: int | None = None
+    sample_rate: float | None = None
+    privacy: Asked = Asked()
     seed: int = 0
 
     def run(self, settings: RunSettings) -> None:
         """Simulate it. Raises BadInput, before anything is written, if it cannot be done."""
+        privacy = self.privacy.guarantee(fixed=self.per_round is not None)
         training = Training(
             optimizer=AdamW(lr=self.lr or _RATES[self.tune]),
             batch=self.batch,
             epochs=self.epochs,
-            clip=1.0,
+            clip=None if isinstance(privacy, ExampleLevel) else 1.0,  # it bounds the gradient of each row
             schedule=Cosine(rounds=self.rounds, floor=0.1) if self.schedule == "cosine" else Constant(),
         )
         data = self.read()
@@ -167,7 +173,8 @@ class FineTuning:
         federation: Federation[Any] = Federation(
             algorithm=algorithm,
             rounds=self.rounds,
-            start=self._start(task, next(iter(data.sites.values()))[:8]),
+            start=None if isinstance(privacy, LocalDP) else self._start(task, next(iter(data.sites.values()))[:8]),
+            privacy=privacy,
             sampling=self._sampling(len(data.sites)),
             seed=self.seed,
             test=None if algorithm.personal else data.test,
@@ -228,7 +235,9 @@ class FineTuning:
         }
         return tunings[self.tune]
 
-    def _sampling(self, sites: int) -> All | Fixed:
+    def _sampling(self, sites: int) -> Sampling:
+        if self.sample_rate is not None:
+            return Poisson(rate=self.sample_rate)
         if self.per_round is None:
             return All()
         if self.per_round > sites:

@@ -25,6 +25,7 @@ class RunSettings:
     plan: str  # "auto", "plain", or a run folder whose plan is taken
     commit_every_s: float  # seconds; 0: after every round
     again: str  # the command that continues this run
+    ledger: Path | None = None  # of privacy, shared with other runs; None: of this run alone, in its folder
     tensorboard: Path | None = None  # the folder of its event files
     mlflow: str | None = None  # a tracking URI, or a folder
 
@@ -45,6 +46,7 @@ class RunSettings:
             plan=options.pop("plan"),
             commit_every_s=options.pop("commit_every"),
             again=f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume",
+            ledger=options.pop("ledger"),
             tensorboard=tensorboard,
             mlflow=mlflow,
         )
@@ -103,6 +105,13 @@ def _of_a_run(out: str) -> tuple[Callable[[Command], Command], ...]:
             default=30.0,
             show_default=True,
             help="Time between commits of the run's state; 0: after every round.",
+        ),
+        click.option(
+            "--ledger",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            show_default="one of its own, in the run's folder",
+            help="Privacy ledger that runs over the same data share: what others have spent counts.",
         ),
     )
 

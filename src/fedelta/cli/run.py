@@ -14,6 +14,7 @@ from fedelta.cli.simulate import Simulation
 _SEEDS = 3  # of a comparison
 _NOT_COMPARED = {  # what a comparison does not take -> why
     "resume": "a comparison goes on by itself from the runs in its folder",
+    "ledger": "a comparison is many runs, none of which is to be released",
     "plan": "a comparison trains as the experiment's own Plan says, and plainly where it says nothing",
     "commit_every": "a comparison keeps every finished run at once",
     "tensorboard": "a comparison is many runs, and its report has their curves",

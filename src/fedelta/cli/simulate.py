@@ -17,6 +17,7 @@ from fedelta.algorithms.planning import planned
 from fedelta.cli.experiment import Sites
 from fedelta.cli.held import Held
 from fedelta.cli.options import RunSettings
+from fedelta.cli.privacy import described, ledger_in
 from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import CannotResume, FedeltaError
@@ -43,6 +44,7 @@ from fedelta.observe.report import run_page
 from fedelta.observe.tensorboard_events import TensorBoard
 from fedelta.observe.text import bytes_text, plural
 from fedelta.observe.tracking import Tracker, Trackers, settings
+from fedelta.privacy.accounting import epsilon
 
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
@@ -71,10 +73,19 @@ class Simulation:
         with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
             self._announce(console, held, state or start, reports)
-            state = self._rounds(folder, state or start, reports, held, console)
+            guarded = self._with_ledger()
+            state = guarded._rounds(folder, state or start, reports, held, console)
             if reports:
-                console.print(f"Ended after round {state.round}: {self.federation.finished(state)}.")
-                self._conclude(folder, state, reports, held, console)
+                console.print(f"Ended after round {state.round}: {guarded.federation.finished(state)}.")
+                guarded._conclude(folder, state, reports, held, console)
+
+    def _with_ledger(self) -> "Simulation":
+        """The same, with a ledger of privacy that outlives this process, if there is a guarantee."""
+        if self.federation.privacy is None:
+            return self
+        return replace(
+            self, federation=replace(self.federation, ledger=ledger_in(self.settings.out, self.settings.ledger))
+        )
 
     def _plan(self, console: Console) -> Plan:
         """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
@@ -132,6 +143,8 @@ class Simulation:
             f"{self.title}: {plural(len(self.sites.names), 'site')}, {travel}, {rounds}, seed {self.federation.seed}",
             markup=False,
         )
+        if self.federation.privacy is not None:
+            console.print(described(self.federation), markup=False, soft_wrap=True)
         if reports:
             console.print(f"Resumed after round {state.round}.")
         elif self.settings.resume:
@@ -249,7 +262,7 @@ class Simulation:
         return Card(
             title=self.title.replace(source.source, base),  # a path says nothing elsewhere
             base=base,
-            privacy=f"not bounded: no noise was accounted for; the coordinator saw {seen}",
+            privacy=f"{self._guarantee()}; the coordinator saw {seen}",
             base_digest=frozen_digest(module),
             tuning=str(source.tuning),
             algorithm=type(algorithm).__name__,
@@ -259,6 +272,16 @@ class Simulation:
             tiers=getattr(algorithm, "ranks", {}),
             classes=self.classes,
         )
+
+    def _guarantee(self) -> str:
+        """What the model card says of what can be learned about the sites' rows."""
+        privacy = self.federation.privacy
+        if privacy is None:
+            return "not bounded: no noise was accounted for"
+        spent = epsilon(
+            self.federation.ledger.releases(), delta=privacy.delta, accountant=privacy.accountant, unit=privacy.unit
+        )
+        return f"{privacy.unit}-level differential privacy, epsilon {spent:.4g} at delta {privacy.delta:g}"
 
 
 def _counted(examples: Examples) -> int:

@@ -43,3 +43,7 @@ class FedeltaWarning(UserWarning):
 
 class BudgetSpent(FedeltaError):
     """A release would pass the privacy budget that was set."""
+
+
+class BadLedger(FedeltaError):
+    """A privacy ledger is not what was recorded in it, or cannot be read."""

@@ -11,6 +11,7 @@ from fedelta.core.examples import Array, Examples
 from fedelta.core.heap import keep_freed_memory
 from fedelta.core.memory import Memory
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
+from fedelta.core.release import Ledger, Release
 
 S = TypeVar("S")
 
@@ -34,6 +35,7 @@ class Report:
     unmeasured: Mapping[PartyId, str] = field(default_factory=dict)  # site -> why its evaluation is missing
     # layer -> what the aggregation of LoRA's factors lost (aggregation/factors.py: Meter); empty if not observable,
     aggregation_errors: Mapping[str, float] | None = None  # None if there was nothing to measure
+    releases: Sequence[Release] = ()  # what the round let out about protected data, as the ledger has it
     bytes_down: int = 0  # over all sites, as encoded
     bytes_up: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase
@@ -59,6 +61,7 @@ class SiteData:
 
     train: Examples
     validation: Examples | None = None
+    ledger: Ledger | None = None  # where this site takes down what it lets out; it may have a limit of its own
 
     @classmethod
     def of(cls, data: "SiteData | Examples | tuple[Tensor | Array, Tensor | Array]") -> "SiteData":

@@ -35,8 +35,8 @@ class Ledger(Protocol):
         """All of them, in the order in which they were recorded."""
         ...
 
-    def record(self, release: Release) -> None:
-        """Add one; it is durable when this returns, so call it before what is released leaves.
+    def record(self, *releases: Release) -> None:
+        """Add some, together; they are durable when this returns, so call it before what is released leaves.
 
         Raises BudgetSpent, and adds nothing, if that would pass a limit that the owner of the data has set.
         """

@@ -5,11 +5,13 @@ JSON has no NaN and no infinities: they are written as the strings "NaN", "Infin
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar, cast, get_args
 
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import Plain
 from fedelta.core.program import Report
+from fedelta.core.release import Relation, Release, Unit
 from fedelta.observe.manifest import short
 
 T = TypeVar("T")
@@ -27,6 +29,7 @@ def to_plain(report: Report) -> dict[str, Plain]:
         "aggregation_errors": None
         if report.aggregation_errors is None
         else _numbers_to_plain(report.aggregation_errors),
+        "releases": [_release_to_plain(release) for release in report.releases],
         "bytes_down": report.bytes_down,
         "bytes_up": report.bytes_up,
         "seconds": _numbers_to_plain(report.seconds),
@@ -53,6 +56,25 @@ def _number_to_plain(value: float) -> float | str:
     return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
+def _release_to_plain(release: Release) -> dict[str, Plain]:
+    return {field.name: getattr(release, field.name) for field in fields(Release)} | {"event": dict(release.event)}
+
+
+def _release(plain: Plain) -> Release:
+    own = _dict(plain)
+    unit, relation = own["unit"], own["relation"]
+    if unit not in get_args(Unit) or relation not in get_args(Relation):
+        raise TypeError(plain)
+    return Release(
+        event=_dict(own["event"]),
+        unit=cast(Unit, unit),
+        relation=cast(Relation, relation),
+        of=None if own["of"] is None else _text(own["of"]),
+        job=_text(own["job"]),
+        round=_integer(own["round"]),
+    )
+
+
 def _number(plain: Plain) -> float:
     if type(plain) is float or type(plain) is int or plain in ("NaN", "Infinity", "-Infinity"):
         return float(plain)
@@ -77,10 +99,14 @@ def _dict(plain: Plain) -> dict[str, Plain]:
     return plain
 
 
-def _texts(plain: Plain) -> tuple[str, ...]:
+def _list(plain: Plain) -> list[Plain]:
     if not isinstance(plain, list):
         raise TypeError(plain)
-    return tuple(_text(item) for item in plain)
+    return plain
+
+
+def _texts(plain: Plain) -> tuple[str, ...]:
+    return tuple(map(_text, _list(plain)))
 
 
 def _each(read: Callable[[Plain], T]) -> Callable[[Plain], dict[str, T]]:
@@ -95,6 +121,7 @@ _READERS: Mapping[str, Callable[[Plain], Any]] = {
     "absent": _each(_text),
     "unmeasured": _each(_text),
     "aggregation_errors": lambda plain: None if plain is None else _each(_number)(plain),
+    "releases": lambda plain: tuple(map(_release, _list(plain))),
     "bytes_down": _integer,
     "bytes_up": _integer,
     "seconds": _each(_number),
