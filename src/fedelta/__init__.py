@@ -92,6 +92,16 @@ if TYPE_CHECKING:
     from fedelta.learning.tuning import HeadAndNorms as HeadAndNorms
     from fedelta.learning.tuning import LastLayers as LastLayers
     from fedelta.learning.vision import Vision as Vision
+    from fedelta.privacy.accounting import Budget as Budget
+    from fedelta.privacy.clipping import AdaptiveClip as AdaptiveClip
+    from fedelta.privacy.example_level import ExampleLevel as ExampleLevel
+    from fedelta.privacy.keys import new_key as new_key
+    from fedelta.privacy.ledger import FileLedger as FileLedger
+    from fedelta.privacy.ledger import Limit as Limit
+    from fedelta.privacy.ledger import MemoryLedger as MemoryLedger
+    from fedelta.privacy.ledger import verify as verify
+    from fedelta.privacy.local_dp import LocalDP as LocalDP
+    from fedelta.privacy.site_level import SiteLevel as SiteLevel
 
 __version__ = "0.1.0"
 
@@ -149,6 +159,13 @@ _HOME = {
     "learning.saving": ["load", "save"],
     "learning.tuning": ["BitFit", "Full", "Head", "HeadAndNorms", "LastLayers"],
     "learning.vision": ["Vision"],
+    "privacy.accounting": ["Budget"],
+    "privacy.clipping": ["AdaptiveClip"],
+    "privacy.example_level": ["ExampleLevel"],
+    "privacy.keys": ["new_key"],
+    "privacy.ledger": ["FileLedger", "Limit", "MemoryLedger", "verify"],
+    "privacy.local_dp": ["LocalDP"],
+    "privacy.site_level": ["SiteLevel"],
 }
 _MODULE_OF = {name: f"fedelta.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
