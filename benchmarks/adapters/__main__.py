@@ -90,7 +90,8 @@ def _tuned(workload: str, methods: Sequence[Method], results: Results, out: Path
     while True:
         _measure([Job(workload, m.name, lr, TUNING_SEED) for m in methods for lr in grids[m]], results, out)
         best = {
-            m: max(grids[m], key=lambda lr: sign * results[Job(workload, m.name, lr, TUNING_SEED).key]["score"])
+            # of rates that do equally well the highest, or where nothing is learned the search would never end
+            m: max(grids[m], key=lambda lr: (sign * results[Job(workload, m.name, lr, TUNING_SEED).key]["score"], lr))
             for m in methods
         }
         ends = [m for m in methods if best[m] in (grids[m][0], grids[m][-1])]

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.adapters.workloads import TIERS, Workload
 from fedelta import (
+    CAUSAL_LANGUAGE_MODEL,
     SGD,
     AdamW,
     Cosine,
@@ -25,6 +26,7 @@ from fedelta import (
     HetLoRA,
     Local,
     LoRAFAIR,
+    Pretrained,
     RoLoRA,
     SiteData,
     Task,
@@ -32,6 +34,7 @@ from fedelta import (
     run,
 )
 from fedelta.algorithms.algorithm import Algorithm
+from fedelta.learning.adapted import origin
 
 GRID = (1e-3, 2e-3, 4e-3)
 Make = Callable[[Task, Training, Mapping[str, int]], Algorithm[Any]]
@@ -59,6 +62,13 @@ def _zeroth_order(task: Task, training: Training, ranks: Mapping[str, int]) -> A
     return FedKSeed(task=task, training=replace(training, optimizer=SGD(lr=training.optimizer.lr), clip=None))
 
 
+def _silver(task: Task, training: Training, ranks: Mapping[str, int]) -> Algorithm[Any]:
+    """The first step, which moves all weights, at a rate for full fine-tuning where they are those of a large model."""
+    source = origin(task.model)
+    large = isinstance(source, Pretrained) and source.kind is not CAUSAL_LANGUAGE_MODEL
+    return FedSB(task=task, training=training, first_lr=2e-5 if large else None)
+
+
 METHODS = (
     Method(name="FedIT", sends="A, B", make=_plain(FedAvg), grid=GRID),
     Method(name="FFA-LoRA", sends="B", make=_plain(FFALoRA), grid=GRID),
@@ -70,7 +80,7 @@ METHODS = (
     Method(name="HetLoRA", sends="A, B", make=_ranked(HetLoRA), ranks=True),
     Method(name="LoRA-FAIR", sends="A, B", make=_plain(LoRAFAIR)),
     Method(name="FLoRA-NA", sends="A, B", make=_plain(FLoRANA)),
-    Method(name="Fed-SB", sends="R", make=_plain(FedSB), grid=GRID),
+    Method(name="Fed-SB", sends="R", make=_silver, grid=GRID),
     Method(name="FedKSeed", sends="4,096 numbers", make=_zeroth_order, grid=(1e-5, 1e-4, 1e-3)),
 )
 

@@ -251,6 +251,21 @@ def test_the_first_step_is_that_of_the_optimizer():
     torch.testing.assert_close(first_step(sgd, gradient).vector, -0.1 * values)
 
 
+def test_the_first_step_may_have_a_rate_of_its_own():
+    """With SGD the model after round 1 is moved in proportion to it; R is learned at the other rate."""
+    moved = []
+    for lr, first in ((0.3, None), (0.3, 0.03), (0.6, 0.03)):
+        training = Training(optimizer=SGD(lr=lr), batch=8)
+        program = federation(FedSB(task=task(), training=training, first_lr=first), rounds=1)
+        ((state, _),) = states(program)
+        layer = next(iter(state.algorithm.fixed))
+        name = layer.partition("lora_")[0]
+        b, a = (state.algorithm.parameters[f"{name}lora_{part}.default.weight"] for part in "BA")
+        moved.append(b @ a)
+    torch.testing.assert_close(moved[1], 0.1 * moved[0])
+    torch.testing.assert_close(moved[2], moved[1])
+
+
 def test_what_travels():
     """The gradient once, B and A once to each site, and then R and the head."""
     algorithm = FedSB(task=task(), training=Training(optimizer=SGD(lr=0.3), batch=4))

@@ -8,7 +8,9 @@ the fewest bytes. B and A travel to each site once.
 
 LoRA-SB takes B, A and R from the first step that full fine-tuning would make: the truncated SVD of that step is
 B S A, and s R = S at the start. Here that is the step of `training`'s optimizer (AdamW: the learning rate times the
-sign of the gradient, as in the papers) on the mean gradient of the adapted weights. The gradient comes from
+sign of the gradient, as in the papers) on the mean gradient of the adapted weights. It moves the model, as a step of
+full fine-tuning would, for which the rate that R needs is far too high where weights are pre-trained: hence `first_lr`.
+The gradient comes from
 
 - round 1, in which every site of the cohort sends that of its examples, as large as the adapted weights, and nothing is
   trained. It is a release of its own: a ledger of privacy has to count it, and noise that is meant for R is not meant
@@ -21,6 +23,7 @@ in evaluation mode. What is evaluated and saved has B R in the place of LoRA's B
 Limits: a dense SVD, in float64, of the step of each layer; no embeddings.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -70,9 +73,12 @@ class FedSB:
 
     task: Task
     training: Training
+    first_lr: float | None = None  # of the step that gives B, A and the first R; None: that of the training
     public: Examples | None = field(default=None, metadata={"digest": False})  # at the coordinator
 
     def __post_init__(self) -> None:
+        if self.first_lr is not None and not 0 < self.first_lr < math.inf:
+            raise BadInput(f"FedSB.first_lr must be > 0 and finite, got {self.first_lr}")
         _ = self._forms  # checked here, and not in the first round
         if self.public is not None:
             self.task.check(self.public)
@@ -165,7 +171,7 @@ class FedSB:
 
     def _started(self, state: FedSBState, gradient: Parameters, since: int) -> FedSBState:
         """The state with the factors that a gradient gives."""
-        step = first_step(self.training, gradient)
+        step = first_step(self.training, gradient, self.first_lr)
         learned, fixed = Parameters.zeros(self._forms.learned), Parameters.zeros(self._forms.fixed)
         learned = learned.with_part(state.learned)
         for pair in pairs(state.parameters.layout):
@@ -246,10 +252,10 @@ def mean_gradient(
     return gradient, totals
 
 
-def first_step(training: Training, gradient: Parameters) -> Parameters:
+def first_step(training: Training, gradient: Parameters, lr: float | None = None) -> Parameters:
     """What the optimizer adds to weights in its first step: weight decay apart, which is no part of what is learned."""
     step = torch.zeros_like(gradient.vector)
-    lr = training.optimizer.lr * training.schedule.factor(1)
+    lr = training.optimizer.lr * training.schedule.factor(1) if lr is None else lr
     training.optimizer.make([step])([step], [gradient.vector.clone()], lr)
     return gradient.like(step)
 
