@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from fedelta.core.parameters import Parameters as Parameters
     from fedelta.core.program import SiteData as SiteData
     from fedelta.core.program import run as run
+    from fedelta.core.release import Budget as Budget
+    from fedelta.core.release import Limit as Limit
     from fedelta.data.audio import AudioFormat as AudioFormat
     from fedelta.data.audio import audio_format as audio_format
     from fedelta.data.audio import read_audio as read_audio
@@ -92,12 +94,10 @@ if TYPE_CHECKING:
     from fedelta.learning.tuning import HeadAndNorms as HeadAndNorms
     from fedelta.learning.tuning import LastLayers as LastLayers
     from fedelta.learning.vision import Vision as Vision
-    from fedelta.privacy.accounting import Budget as Budget
     from fedelta.privacy.clipping import AdaptiveClip as AdaptiveClip
     from fedelta.privacy.example_level import ExampleLevel as ExampleLevel
     from fedelta.privacy.keys import new_key as new_key
     from fedelta.privacy.ledger import FileLedger as FileLedger
-    from fedelta.privacy.ledger import Limit as Limit
     from fedelta.privacy.ledger import MemoryLedger as MemoryLedger
     from fedelta.privacy.ledger import verify as verify
     from fedelta.privacy.local_dp import LocalDP as LocalDP
@@ -132,6 +132,7 @@ _HOME = {
     "core.examples": ["Examples"],
     "core.parameters": ["Parameters"],
     "core.program": ["SiteData", "run"],
+    "core.release": ["Budget", "Limit"],
     "data.audio": ["AudioFormat", "audio_format", "read_audio", "read_audio_folder"],
     "data.images": ["ImageFormat", "image_format", "read_image_folder", "read_images"],
     "data.partition": ["IID", "Dirichlet", "Quantity", "Shards"],
@@ -159,11 +160,10 @@ _HOME = {
     "learning.saving": ["load", "save"],
     "learning.tuning": ["BitFit", "Full", "Head", "HeadAndNorms", "LastLayers"],
     "learning.vision": ["Vision"],
-    "privacy.accounting": ["Budget"],
     "privacy.clipping": ["AdaptiveClip"],
     "privacy.example_level": ["ExampleLevel"],
     "privacy.keys": ["new_key"],
-    "privacy.ledger": ["FileLedger", "Limit", "MemoryLedger", "verify"],
+    "privacy.ledger": ["FileLedger", "MemoryLedger", "verify"],
     "privacy.local_dp": ["LocalDP"],
     "privacy.site_level": ["SiteLevel"],
 }

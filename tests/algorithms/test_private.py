@@ -19,7 +19,7 @@ from fedelta.core.errors import BadInput, CannotResume, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Request
 from fedelta.core.program import Report, Site, SiteData, run
-from fedelta.core.release import Release
+from fedelta.core.release import Budget, Limit, Release
 from fedelta.core.snapshot import load, save
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
@@ -28,11 +28,11 @@ from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
-from fedelta.privacy.accounting import Budget, epsilon
+from fedelta.privacy.accounting import epsilon
 from fedelta.privacy.clipping import AdaptiveClip
 from fedelta.privacy.events import gaussian, steps
 from fedelta.privacy.example_level import ExampleLevel
-from fedelta.privacy.ledger import FileLedger, Limit, MemoryLedger
+from fedelta.privacy.ledger import FileLedger, MemoryLedger
 from fedelta.privacy.local_dp import LocalDP
 from fedelta.privacy.site_level import SiteLevel
 
@@ -412,4 +412,4 @@ def test_gaussian_events_say_what_was_added() -> None:
     program = federation(SiteLevel(clip=0.5, noise=1.5))
     ran(program)
     assert {str(release.event) for release in program.ledger.releases()} == {str(gaussian(1.5))}
-    assert {release.relation for release in program.ledger.releases()} == {"add_or_remove_one"}
+    assert {release.relation for release in program.ledger.releases()} == {"replace_special"}

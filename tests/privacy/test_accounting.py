@@ -14,8 +14,8 @@ from scipy.stats import norm
 
 from fedelta.core.errors import BadInput, BudgetSpent, UnsoundCombination
 from fedelta.core.messages import PartyId
-from fedelta.core.release import Relation, Release, Unit
-from fedelta.privacy.accounting import Account, Budget, epsilon, fits, noise_multiplier
+from fedelta.core.release import Budget, Relation, Release, Unit
+from fedelta.privacy.accounting import Account, epsilon, fits, noise_multiplier
 from fedelta.privacy.events import Event, gaussian, poisson_gaussian, steps, without_replacement_gaussian
 
 NON_PRIVATE: Event = {"non_private": {}}
@@ -371,3 +371,10 @@ def test_a_hostile_ledger_is_bounded_in_time_and_range() -> None:
 def test_the_accountants_are_loaded_when_they_are_needed() -> None:
     code = "import sys, fedelta, fedelta.privacy.accounting; sys.exit('dp_accounting' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_noise_is_found_for_an_epsilon_that_renyi_divergences_do_not_get_to() -> None:
+    """dp-accounting's own solution for one Gaussian mechanism, which is analytic."""
+    budget = Budget(epsilon=1e-3, delta=1e-5)
+    found = noise_multiplier(gaussian, "add_or_remove_one", budget, unit="site")
+    assert found == pytest.approx(dp.get_sigma_gaussian(1e-3, 1e-5), rel=3e-3)

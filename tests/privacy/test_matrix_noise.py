@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedelta.core import snapshot
 from fedelta.core.errors import BadInput, BudgetSpent, CannotResume
-from fedelta.core.noise import SeededNoise
+from fedelta.core.noise import SeededNoise, SystemNoise
 from fedelta.privacy.matrix_noise import NoiseState, Strategy, _log_error, optimised, square_root
 
 Matrix = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ def streamed(strategy: Strategy, size: int, seed: int, std: float, dtype: torch.
     """The noise of all rounds [rounds, size]."""
     noise, state, rows = SeededNoise(seed), strategy.start(size, dtype), []
     for _ in range(strategy.rounds):
-        row, state = strategy.next(state, noise, std)
+        row, state = strategy.next(state, torch.zeros(size), noise, std)
         rows.append(row.numpy())
     return np.stack(rows)
 
@@ -239,31 +239,43 @@ def test_a_saved_state_goes_on_where_it_was(tmp_path: Path) -> None:
     strategy, noise = optimised(rounds=9, bands=4, separation=4), SeededNoise(2)
     state = strategy.start(6)
     for _ in range(5):
-        row, state = strategy.next(state, noise, 1.0)
+        row, state = strategy.next(state, torch.zeros(6), noise, 1.0)
         row.zero_()  # the caller's own
     snapshot.save(tmp_path / "state", state)
     again, _ = snapshot.load(tmp_path / "state", strategy.start(6))
     assert isinstance(again, NoiseState)
     assert (again.rounds, again.strategy) == (5, strategy)
     kept = state.before.clone()
-    first, _ = strategy.next(state, SeededNoise(3), 1.0)
-    second, _ = again.strategy.next(again, SeededNoise(3), 1.0)
+    first, _ = strategy.next(state, torch.zeros(6), SeededNoise(3), 1.0)
+    second, _ = again.strategy.next(again, torch.zeros(6), SeededNoise(3), 1.0)
     assert torch.equal(first, second)
     assert torch.equal(state.before, kept)
-    expected: Tensor = torch.zeros(6)
+    expected: Tensor = torch.zeros(6, dtype=torch.float64)
     SeededNoise(3).add_normal(expected, 1.0)
     assert not torch.equal(first, expected)
+
+
+def test_it_is_added_to_the_values_and_no_bit_of_theirs_is_left_below_it() -> None:
+    """Of the operating system's noise, which is rounded to a grid; in all rounds, corrected or not."""
+    strategy, state = optimised(rounds=6, bands=3, separation=3), None
+    grid = 2.0**-21  # for std = 1
+    for round in range(6):
+        state = strategy.start(400) if state is None else state
+        values = torch.randn(400, generator=torch.Generator().manual_seed(round)) / 3
+        noised, state = strategy.next(state, values, SystemNoise(), 1.0)
+        assert torch.equal(noised / grid, (noised / grid).round())
+        torch.testing.assert_close(state.before[0].double(), noised - values, atol=1e-6, rtol=0)
 
 
 def test_noise_ends_with_its_rounds() -> None:
     strategy, noise = square_root(rounds=2, bands=2), SeededNoise(0)
     state = strategy.start(1)
     for _ in range(2):
-        _, state = strategy.next(state, noise, 1.0)
+        _, state = strategy.next(state, torch.zeros(1), noise, 1.0)
     with pytest.raises(BudgetSpent, match="the noise is for 2 rounds, and they are over"):
-        strategy.next(state, noise, 1.0)
+        strategy.next(state, torch.zeros(1), noise, 1.0)
     with pytest.raises(CannotResume, match="for 2 rounds with 2 bands, and noise for 3 rounds with 2 bands does not"):
-        square_root(rounds=3, bands=2).next(state, noise, 1.0)
+        square_root(rounds=3, bands=2).next(state, torch.zeros(1), noise, 1.0)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -282,4 +294,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     strategy = square_root(rounds=5, bands=1)
     for std in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(BadInput, match="standard deviation must be > 0 and finite"):
-            strategy.next(strategy.start(1), SeededNoise(0), std)
+            strategy.next(strategy.start(1), torch.zeros(1), SeededNoise(0), std)

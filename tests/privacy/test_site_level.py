@@ -81,8 +81,8 @@ def test_a_count_that_takes_all_of_the_noise_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sampling", "relation", "kind"),
     [
-        (All(), "add_or_remove_one", "gaussian"),
-        (Poisson(rate=0.25), "add_or_remove_one", "poisson_sampled"),
+        (All(), "replace_special", "gaussian"),
+        (Poisson(rate=0.25), "replace_special", "poisson_sampled"),
         (Fixed(size=10), "replace_one", "sampled_without_replacement"),
         (Cyclic(groups=4), "replace_special", "gaussian"),
     ],

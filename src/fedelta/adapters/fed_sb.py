@@ -161,7 +161,8 @@ class FedSB:
         model, other = self.task.flat(0, PLAIN), self.task.build(1)
         own, drawn = dict(model.module.named_parameters()), trainable(other)
         for name, values in other.named_parameters():
-            if name not in drawn and not torch.equal(values, own[name]):
+            unused = ".original_module." in name  # what peft keeps of a head that is trained
+            if name not in drawn and not unused and not torch.equal(values, own[name]):
                 raise BadInput(
                     f"{name!r} is frozen and depends on the run's seed, so that a gradient from public examples would "
                     "be of another model; use a model that is pre-trained, or leave `public` out"

@@ -16,7 +16,7 @@ import torch
 from fedelta.adapters.factors import Tiers, check_new, scaled, unscaled
 from fedelta.aggregation.factors import Product, spectrum
 from fedelta.aggregation.mean import Mean
-from fedelta.aggregation.products import aggregated
+from fedelta.aggregation.products import WHOLE, aggregated
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Incoming, IncomingMany, trained
 from fedelta.core.errors import BadInput
@@ -36,7 +36,7 @@ class Truncated:
     needs: ClassVar[Sight] = Sight.EACH
 
     rank: int
-    mean: Mean = Mean()  # of all that is no factor
+    mean: Mean = WHOLE  # of all that is no factor
 
     def refuse(self, update: Update) -> str | None:
         return self.mean.refuse(update)

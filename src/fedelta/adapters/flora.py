@@ -20,7 +20,7 @@ from fedelta.adapters.factors import Tiers, check_new, scaled
 from fedelta.adapters.moving import Moving, catch_up_each, fixed, merged, movable, weights_at, without_base
 from fedelta.aggregation.factors import Product, half, stacked
 from fedelta.aggregation.mean import Mean
-from fedelta.aggregation.products import aggregated
+from fedelta.aggregation.products import WHOLE, aggregated
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Incoming, IncomingMany, trained
 from fedelta.core.errors import BadInput
@@ -41,7 +41,7 @@ class Stacked:
 
     needs: ClassVar[Sight] = Sight.EACH
 
-    mean: Mean = Mean()  # of all that is no factor
+    mean: Mean = WHOLE  # of all that is no factor
 
     def refuse(self, update: Update) -> str | None:
         return self.mean.refuse(update)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedelta.adapters.factors import check_new
 from fedelta.aggregation.factors import Product
 from fedelta.aggregation.mean import Mean
-from fedelta.aggregation.products import aggregated
+from fedelta.aggregation.products import WHOLE, aggregated
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Incoming, IncomingMany, loaded, value
 from fedelta.core.errors import BadInput
@@ -47,7 +47,7 @@ class NearestCombination:
     needs: ClassVar[Sight] = Sight.EACH
 
     sweeps: int = 100  # at most: of least squares, each for p and then for q
-    mean: Mean = Mean()  # of all that is no factor
+    mean: Mean = WHOLE  # of all that is no factor
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:

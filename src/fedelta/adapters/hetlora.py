@@ -44,7 +44,7 @@ class HetLoRA:
     """`task` has a model that is tuned by LoRA, with the largest rank; `ranks` as in FlexLoRA."""
 
     kind: ClassVar[Kind] = "value"
-    rule: ClassVar[Rule] = Mean(weight_bound=2.0**10)  # norms are small: a fine grid
+    rule: ClassVar[Rule] = Mean(bound=2.0**16, weight_bound=2.0**10)  # of whole weights; norms are small: a fine grid
     at_once: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     by_gradient: ClassVar[bool] = True

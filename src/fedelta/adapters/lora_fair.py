@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedelta.adapters.factors import check_new
 from fedelta.aggregation.factors import Product, norm
 from fedelta.aggregation.mean import Mean
-from fedelta.aggregation.products import aggregated
+from fedelta.aggregation.products import WHOLE, aggregated
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Incoming, IncomingMany, loaded, value
 from fedelta.core.errors import BadInput
@@ -55,7 +55,7 @@ class CorrectedMean:
 
     penalty: float = 0.01  # lambda; the paper's is 0.01
     similarity: Similarity = "cosine"
-    mean: Mean = Mean()  # of all that is no factor
+    mean: Mean = WHOLE  # of all that is no factor
 
     def __post_init__(self) -> None:
         if not 0 < self.penalty < math.inf:

@@ -15,6 +15,7 @@ from fedelta.core.parameters import Entry, Layout, Parameters
 
 # The shares of the sites in all weights, and their products B_i A_i of one layer -> adapter's name -> product.
 # "" stands for the names that the factors have.
+WHOLE = Mean(bound=2.0**16)  # of whole weights: those of a head in closed form may be some hundreds
 Layer = Callable[[Sequence[float], Sequence[Product]], Mapping[str, Product]]
 
 

@@ -116,8 +116,8 @@ class Federation(Generic[S]):
             return None
         if state.stopped is not None and state.stop == repr(self.stop):
             return state.stopped
-        if state.round < self.rounds and self._guard is not None and state.privacy is not None:
-            spent = self._guard.over(state.privacy, state.round + 1)
+        if state.round < self.rounds and self.guard is not None and state.privacy is not None:
+            spent = self.guard.over(state.privacy, state.round + 1)
             if spent is not None:
                 return spent
         done = "its one round is" if self.rounds == 1 else f"all {self.rounds} rounds are"
@@ -144,14 +144,15 @@ class Federation(Generic[S]):
 
     def begun(self, state: FederationState[S], parties: Sequence[PartyId]) -> FederationState[S]:
         """The state with its guarantee made for these sites, or found to be that of this run."""
-        if self._guard is None or state.privacy is None:
+        if self.guard is None or state.privacy is None:
             return state
         size = self.algorithm.layout(state.algorithm, parties[0]).size
-        privacy = self._guard.begin(state.privacy, parties, size, self.rounds, self.start is not None)
+        privacy = self.guard.begin(state.privacy, parties, size, self.rounds, self.start is not None)
         return replace(state, privacy=privacy)
 
     @cached_property
-    def _guard(self) -> Guard | None:
+    def guard(self) -> Guard | None:
+        """What sees to the guarantee; None if there is none."""
         if self.privacy is None:
             return None
         return Guard(
@@ -179,16 +180,18 @@ class Federation(Generic[S]):
             metrics |= self._measured_everywhere(state, fleet, tally)
         best = state.best if state.stop == repr(self.stop) else Best()
         best, stopped = self.stop.update(best, round, metrics) if self.stop else (best, None)
-        if stopped and not due:  # the last round is always evaluated
+        after = replace(state, best=best, stopped=stopped, stop=repr(self.stop))
+        if not due and self.finished(after):  # the last round is always evaluated
             metrics |= self._measured_everywhere(state, fleet, tally)
-        return replace(state, best=best, stopped=stopped, stop=repr(self.stop)), metrics
+        return after, metrics
 
     def _due(self, round: int) -> bool:
         return round % self.evaluate_every == 0 or round >= self.rounds
 
     def _measured_everywhere(self, state: FederationState[S], fleet: Fleet, tally: Tally) -> dict[str, float]:
         parameters = self.algorithm.parameters(state.algorithm)
-        return self.evaluate(parameters) | self._validate(state, fleet, tally)
+        spent = {} if self.guard is None else {"epsilon": self.guard.spent()}
+        return self.evaluate(parameters) | self._validate(state, fleet, tally) | spent
 
     def _train(
         self, state: FederationState[S], round: int, fleet: Fleet, tally: Tally
@@ -207,9 +210,9 @@ class Federation(Generic[S]):
         if self._due(round) and any(map(half, layout.by_name)):
             error, tally.aggregation_errors = (None, {}) if meter is None else meter.errors(total)
             metrics |= {} if error is None else {"aggregation_error": error}
-        if self._guard is not None and state.privacy is not None:
+        if self.guard is not None and state.privacy is not None:
             rows = {party: tally.rows.get(party, 1) for party in tally.answered}
-            total, privacy, tally.releases = self._guard.released(total, state.privacy, rows, shared, round)
+            total, privacy, tally.releases = self.guard.released(total, state.privacy, rows, shared, round)
             state = replace(state, privacy=privacy)
         for stage in reversed(self.stages):
             total = stage.on_total(total)
@@ -264,11 +267,11 @@ class Federation(Generic[S]):
         requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
         replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
         module = self._working_copy().module
-        private = None if self._guard is None else self._guard.moments(told)
-        noise = None if self._guard is None else self._guard.noise("start", self._guard.times(round))
+        private = None if self.guard is None else self.guard.moments(told)
+        noise = None if self.guard is None else self.guard.noise("start", self.guard.times(round))
         total = round_zero.total(replies, task, module, tally, self.min_sites, private, noise)
-        if self._guard is not None:
-            tally.releases = self._guard.started(tally.answered, told)
+        if self.guard is not None:
+            tally.releases = self.guard.started(tally.answered, told)
         headed = round_zero.with_head(self.start, task, module, parameters, total, private)
         return replace(state, algorithm=self.algorithm.init(headed)), {}
 
@@ -335,8 +338,8 @@ class Federation(Generic[S]):
 
     def _update(self, request: Request, site: Site) -> Tensors:
         incoming = self._incoming(request)
-        if self._guard is not None:
-            private = self._guard.training_at(site, request.shared, request.round)
+        if self.guard is not None:
+            private = self.guard.training_at(site, request.shared, request.round)
             # what dropout hides of a row depends on the others of its batch, which nobody else may know
             secret = self.entropy == "system" and private is not None
             seed = secrets.randbits(62) if secret else incoming.local_seed
@@ -345,7 +348,7 @@ class Federation(Generic[S]):
 
     def _statistics(self, request: Request, site: Site) -> Tensors:
         parameters = request.shared["parameters"]
-        guard, task = self._guard, self.algorithm.task
+        guard, task = self.guard, self.algorithm.task
         if guard is None:
             return round_zero.statistics(task, parameters, site, self.seed, self._plan).to_tensors()
         private, noise = guard.moments(request.shared), guard.noise("statistics", site.id)
@@ -366,8 +369,8 @@ class Federation(Generic[S]):
     def _outgoing(self, update: Update, site: Site, told: Tensors, round: int) -> Tensors:
         for stage in self.stages:
             update = stage.on_site(update, site)
-        if self._guard is not None:
-            update = self._guard.leaving(update, site, told, round)
+        if self.guard is not None:
+            update = self.guard.leaving(update, site, told, round)
         return self.encoding.encode(update)
 
     def _evaluation(self, request: Request, site: Site) -> Tensors:

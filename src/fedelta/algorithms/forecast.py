@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from fedelta.algorithms.federation import Federation
+from fedelta.algorithms.private import Prospect
 from fedelta.algorithms.rehearsal import Rehearsal
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId
@@ -75,6 +76,7 @@ class Tier:
     called: str  # "smallest", "median" or "largest"
     site: SiteForecast
     rehearsal: Rehearsal
+    prospect: Prospect | None = None  # of its privacy; None: there is no guarantee
 
     @property
     def memory_bytes(self) -> int | None:

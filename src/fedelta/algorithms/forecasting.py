@@ -12,6 +12,7 @@ import numpy as np
 
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast import Forecast, Group, SiteForecast, Tier
+from fedelta.algorithms.private import Prospect
 from fedelta.algorithms.rehearsal import Rehearsal, rehearse
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, FedeltaError, TooFewSites
@@ -53,7 +54,10 @@ def forecast(
         frozen=sum(parameter.numel() for parameter in frozen),
         frozen_bytes=sum(parameter.nbytes for parameter in frozen),
         sites=tuple(sites.values()),
-        tiers=tuple(Tier(called=called, site=sites[one.name], rehearsal=found) for called, one, found in rehearsed),
+        tiers=tuple(
+            Tier(called=called, site=sites[one.name], rehearsal=found, prospect=messages.prospect(one))
+            for called, one, found in rehearsed
+        ),
         update_sizes=frozenset(federation.algorithm.layout(messages.state.algorithm, name).size for name in names),
     )
 
@@ -107,6 +111,11 @@ class _Messages:
         """All that a site gets, by the kind of the request."""
         shared, own = self.federation.broadcast(self.state, [name])
         return self._by_kind({**shared, **own.get(name, {})})
+
+    def prospect(self, one: _Held) -> Prospect | None:
+        """What the run will let out about a site."""
+        guard, privacy = self.federation.guard, self.state.privacy
+        return None if guard is None or privacy is None else guard.prospect(privacy, one.name, one.rows)
 
     def sizes(self, names: Sequence[PartyId]) -> dict[PartyId, dict[str, int]]:
         """Bytes of each kind of request to each site."""

@@ -27,7 +27,8 @@ def planned(
     that have no usable data are left out of the trial.
     """
     task, plan = federation.algorithm.task, federation.plan
-    if not federation.algorithm.at_once and plan.cohort is None:
+    by_example = federation.privacy is not None and federation.privacy.unit == "example"
+    if (by_example or not federation.algorithm.at_once) and plan.cohort is None:
         plan = replace(plan, cohort=1)
 
     def usable() -> list[Examples]:

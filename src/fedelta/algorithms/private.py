@@ -5,8 +5,10 @@ release is in the ledger before anything that depends on it leaves; what is done
 other noise.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
@@ -20,7 +22,7 @@ from fedelta.core.seeds import Part
 from fedelta.learning.dp_sgd import PrivateSteps, number_of_steps, sampling_rate
 from fedelta.learning.private_moments import PrivateMoments
 from fedelta.learning.training import Training
-from fedelta.privacy.accounting import epsilon, fits
+from fedelta.privacy.accounting import Account, epsilon
 from fedelta.privacy.events import gaussian
 from fedelta.privacy.guarantee import Guarantee, PrivacyState, budget
 from fedelta.privacy.population import Population, Scheme, Work
@@ -125,6 +127,16 @@ def population(sampling: Sampling, sites: int, rounds: int) -> Population:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What a run will let out about one site, told before its first round."""
+
+    noise: float  # multiplier of a round, or of each step of training
+    start_noise: float | None  # of round zero; None: there is none
+    rounds: int  # of those that are planned, how many the budget allows
+    epsilon: float  # after these, with what was in the ledger before
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guard:
     """The mechanism of a federation with its ledger, its source of noise and its sampling."""
 
@@ -145,7 +157,9 @@ class Guard:
             who = population(self.sampling, len(parties), rounds)
             begun = self.privacy.begin(who, size, recorded, start)
             names = digest(list(parties))
-            return replace(begun, sites=who.sites, names=names, rounds=rounds, recorded=len(recorded))
+            begun = replace(begun, sites=who.sites, names=names, rounds=rounds, recorded=len(recorded))
+            self._check_accountant(begun, parties[0])
+            return begun
         if (len(parties), digest(list(parties))) != (state.sites, state.names):
             raise UnsoundCombination(
                 f"the guarantee was made for {state.sites} registered sites, and these {len(parties)} are others; "
@@ -166,7 +180,7 @@ class Guard:
         if round > state.rounds and (by_sites or self.population(state).scheme == "cyclic"):
             return f"its noise was made for {state.rounds} rounds"
         limit = budget(self.privacy)
-        if limit is None or not self.privacy.central or self._affords(self._of_round(state, round)):
+        if limit is None or self._affords(self._next(state, round)):
             return None
         return f"its privacy budget (epsilon {limit.epsilon:g} at delta {limit.delta:g}) is spent"
 
@@ -179,16 +193,14 @@ class Guard:
         """The aggregate as it may be used, the next round's state, and what the round lets out: it is in the ledger.
 
         `rows` are those of the sites that answered, as far as that number is public. Raises BudgetSpent, and gives
-        nothing away, if another run has spent what was left.
+        nothing away, if another run has spent what was left. What sites have let out by then is in the ledger.
         """
         if self.privacy.central:
             found = [self._of_round(state, round)]
-            if not self._affords(found[0]):
-                raise BudgetSpent(f"round {round} would pass {budget(self.privacy)}, so that nothing of it is released")
         else:
             found = [self._of_site(party, self._work(own), told, round) for party, own in rows.items()]
         noise = self.noise("total", round, self.times(round))
-        self.ledger.record(*found)
+        self._take_down(found, round)
         total, state = self.privacy.on_total(total, state, self.population(state), noise)
         return total, replace(state, recorded=len(self.ledger.releases())), found
 
@@ -213,9 +225,39 @@ class Guard:
         return SystemNoise() if self.entropy == "system" else SeededNoise(self.seed, "privacy", *path)
 
     def spent(self) -> float:
-        """Epsilon at the guarantee's delta of all that is in the ledger."""
-        found = self.privacy
-        return epsilon(self.ledger.releases(), delta=found.delta, accountant=found.accountant, unit=found.unit)
+        """Epsilon at the guarantee's delta of all that is in the ledger, for the site that has the largest."""
+        return self._epsilon(self.ledger.releases())
+
+    def multiplier(self, state: PrivacyState, rows: int) -> float:
+        """The noise multiplier at a site with so many rows.
+
+        Where it is solved for each site, that takes seconds, once in a process and those that are forked from it.
+        """
+        found = self.privacy.steps(self._work(rows), self.privacy.shared(state))
+        return state.noise if found is None else found[1]
+
+    def prospect(self, state: PrivacyState, party: PartyId, rows: int) -> Prospect:
+        """What a run that has not had its first round will let out about a site that has so many rows."""
+        told, who = self.privacy.shared(state), self.population(state)
+        central, limit, known = self.privacy.central, budget(self.privacy), self.ledger.releases()
+        start = [self._of_start(told, None if central else party)] if state.start else []
+        turns = who.rounds if central else who.participations
+        first = [self._of_round(state, 1) if central else self._of_site(party, self._work(rows), told, 1)]
+        later = [self._of_round(state, 2)] if central else first
+
+        def after(count: int) -> list[Release]:
+            return [*start, *(first * min(count, 1)), *(later * (count - 1))]
+
+        if limit is not None:
+            account = Account(budget=limit, unit=self.privacy.unit, of=party, releases=known)
+            if not account.fits(after(turns)):
+                turns = bisect_left(range(1, turns), True, key=lambda count: not account.fits(after(count)))
+        return Prospect(
+            noise=self.multiplier(state, rows),
+            start_noise=self.privacy.start_noise(told) if state.start else None,
+            rounds=min(who.rounds, turns if central else turns * who.separation),
+            epsilon=self._epsilon([*known, *after(turns)], party),
+        )
 
     def moments(self, told: Tensors) -> PrivateMoments:
         """How the sums of round zero are made private."""
@@ -231,9 +273,7 @@ class Guard:
     def started(self, answered: Sequence[PartyId], told: Tensors) -> Sequence[Release]:
         """What round zero lets out: it is in the ledger. Raises BudgetSpent as `released`."""
         found = [self._of_start(told, None)] if self.privacy.central else [self._of_start(told, to) for to in answered]
-        if self.privacy.central and not self._affords(found[0]):
-            raise BudgetSpent(f"round 0 would pass {budget(self.privacy)}, so that nothing of it is released")
-        self.ledger.record(*found)
+        self._take_down(found, 0)
         return found
 
     def start_leaves(self, site: Site, told: Tensors) -> None:
@@ -254,9 +294,54 @@ class Guard:
     def _work(self, rows: int) -> Work:
         return Work(rows=rows, rate=sampling_rate(rows, self.training), steps=number_of_steps(rows, self.training))
 
-    def _affords(self, release: Release) -> bool:
+    def _epsilon(self, releases: Sequence[Release], of: PartyId | None = None) -> float:
+        own = self.privacy
+        return epsilon(releases, delta=own.delta, accountant=own.accountant, unit=own.unit, of=of, coarse=True)
+
+    @cached_property
+    def _account(self) -> Account | None:
         limit = budget(self.privacy)
-        return limit is None or fits(self.ledger.releases(), [release], limit, self.privacy.unit)
+        return None if limit is None else Account(budget=limit, unit=self.privacy.unit)
+
+    def _affords(self, releases: Sequence[Release]) -> bool:
+        """Whether the budget, if there is one, is kept with these besides those of the ledger."""
+        account = self._account
+        if account is None:
+            return True
+        account.add(self.ledger.releases()[account.recorded :])
+        return account.fits(releases)
+
+    def _take_down(self, releases: Sequence[Release], round: int) -> None:
+        """Record what a round lets out. What sites have sent is out, and is recorded even if it will not be used."""
+        if self.privacy.central:
+            self._check_budget(releases, round)
+        self.ledger.record(*releases)
+        self._check_budget([], round)
+
+    def _check_budget(self, releases: Sequence[Release], round: int) -> None:
+        limit = budget(self.privacy)
+        if limit is not None and not self._affords(releases):
+            raise BudgetSpent(
+                f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}, so that nothing of it "
+                "is used; raise the limit, or add more noise"
+            )
+
+    def _check_accountant(self, state: PrivacyState, party: PartyId) -> None:
+        """Raise UnsoundCombination, before the first round, if what will be in the ledger has no account."""
+        known = self.ledger.releases()
+        if self.privacy.noise is None and not known:
+            return  # solving the noise would have shown it
+        some = self._work(2 * self.training.batch)
+        told = self.privacy.shared(state)
+        new = self._of_round(state, 1) if self.privacy.central else self._of_site(party, some, told, 1)
+        self._epsilon([*known, new])
+
+    def _next(self, state: PrivacyState, round: int) -> Sequence[Release]:
+        """What `round` will let out, as far as it is known: of a site what it last let out in this run."""
+        if self.privacy.central:
+            return [self._of_round(state, round)]
+        own = (release for release in self.ledger.releases() if release.job == self.job and release.round)
+        return list({release.of: release for release in own}.values())
 
     def times(self, round: int) -> int:
         """How often this round of this run is in the ledger already."""

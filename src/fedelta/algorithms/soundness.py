@@ -7,7 +7,7 @@ from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms import round_zero
 from fedelta.algorithms.algorithm import Algorithm
-from fedelta.algorithms.parts import Collect, Encoding, Stage
+from fedelta.algorithms.parts import Collect, Encoding, Float32, Stage
 from fedelta.algorithms.private import Privacy, scheme
 from fedelta.algorithms.sampling import Fixed, Sampling
 from fedelta.algorithms.stopping import Stop
@@ -173,6 +173,11 @@ def _check_privacy(federation: Parts, privacy: Privacy) -> None:
         )
     if federation.start is not None:
         round_zero.ridge(federation.start)
+    if not isinstance(federation.encoding, Float32):
+        raise UnsoundCombination(
+            f"what {federation.encoding} makes of an update that {own} has bounded is not bounded by anything; leave "
+            "`encoding` out"
+        )
     if federation.stages:
         raise UnsoundCombination(
             f"what {federation.stages} make of an update that {own} has bounded is not bounded by anything; leave the "
@@ -197,6 +202,11 @@ def _check_sites(federation: Parts, privacy: Privacy) -> None:
         raise UnsoundCombination(
             f"{type(algorithm).__name__} sends whole weights, with a weight that depends on the site's data, and {own} "
             "needs differences that all count alike; use FedAvg or FFALoRA"
+        )
+    if scheme(federation.sampling) == "cyclic" and not algorithm.steady:
+        raise UnsoundCombination(
+            f"what {type(algorithm).__name__} sends is not the same in all rounds, over which noise is correlated "
+            "under Cyclic() sampling; use another algorithm, or another sampling"
         )
     if scheme(federation.sampling) == "poisson" and federation.min_sites > 1:
         raise UnsoundCombination(

@@ -41,6 +41,7 @@ from fedelta.learning.scratch import FromScratch
 from fedelta.learning.task import Task
 from fedelta.learning.training import evaluate, train
 from fedelta.observe.text import is_share
+from fedelta.privacy.ledger import MemoryLedger
 
 DRIFT = "drift"  # the metric of a federated round (see `aggregation.drift`)
 
@@ -199,11 +200,13 @@ class Setup:
             test=None,  # measured here, like what the sites hold back
             validate_at_sites=False,
             stop=None,
+            ledger=MemoryLedger(),  # each job spends a budget of its own: none of them is released
         )
 
     def _federated(self, job: Job) -> Iterator[Report]:
         federation, drifts = self.program(job), list[float]()
-        if federation.collect.shows is Sight.EACH and federation.algorithm.kind == "difference":
+        seen = federation.collect.shows is Sight.EACH and federation.privacy is None
+        if seen and federation.algorithm.kind == "difference":
             federation = replace(federation, rule=Measured(rule=federation.aggregation, tell=drifts.append))
         task, state = federation.algorithm.task, federation.init()
         before = Report(round=0)

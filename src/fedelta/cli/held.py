@@ -26,6 +26,7 @@ class Held:
 
     classes: tuple[str, ...]
     digests: dict[str, str | None] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # for training; of the sites that have some
     labels: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +49,7 @@ class Held:
                 held.digests[name] = digest(
                     [part.digest() for part in (data.train, data.validation) if part is not None]
                 )
+                held.rows[name] = len(data.train)
                 if held.classes:
                     held.labels[name] = data.train.targets.numpy()
         return held

@@ -17,6 +17,7 @@ from fedelta.core.errors import FedeltaError, FedeltaWarning
 _COMMANDS = {
     "demo": "A pre-trained model federated over 8 unequal sites, against every baseline; offline, in a minute.",
     "finetune": "Fine-tune a Hugging Face model over a table split among sites, with no Python written.",
+    "ledger": "Check a privacy ledger, and tell what was released and what it adds up to.",
     "plan": "Tell what a run of an experiment file will send, need and show, before anything is sent.",
     "run": "Simulate an experiment file.",
 }

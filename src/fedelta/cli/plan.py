@@ -13,6 +13,8 @@ from rich.table import Table
 
 from fedelta.algorithms.forecast import Forecast, Link, RoundForecast, Tier
 from fedelta.algorithms.forecasting import forecast
+from fedelta.algorithms.private import scheme
+from fedelta.cli import guarantees
 from fedelta.cli.experiment import opened
 from fedelta.core.program import Sight
 from fedelta.observe.text import bytes_text, plural, seconds_text
@@ -83,6 +85,7 @@ def show(found: Forecast, link: Link, title: str, console: Console) -> None:
     _print(console, "Over the network, all sites together", _network(found))
     _print(console, "Time", _time(found, link))
     _print(console, "Who sees what", _sight(found))
+    _print(console, "Privacy", _privacy(found))
     _print(console, "Checked", _checks(found))
     for line in _remarks(found):
         console.print(line, markup=False, style="dim", soft_wrap=not console.is_terminal)
@@ -111,6 +114,7 @@ def numbers(found: Forecast, link: Link) -> dict[str, object]:
         "leaves_a_site": [asdict(piece) for piece in found.tiers[0].rehearsal.update],
         "coordinator_sees": federation.collect.shows.value,
         "test_rows": 0 if federation.test is None else len(federation.test),
+        "privacy": _guarantee(found),
         "checks": [asdict(check) for check in found.checks],
     }
 
@@ -226,17 +230,94 @@ def _sight(found: Forecast) -> Table:
     scalars = [piece.name for piece in update if not piece.shape]
     rows = [site.rows for site in found.sites if "train" not in site.failures]
     each = federation.collect.shows is Sight.EACH
-    seen = ["each site's update in the clear" if each else "only the sum of the updates"]
+    seen = [*guarantees.leaves(federation)]
     if federation.validate_at_sites:
         seen.append("each site's evaluation" if each else "only the sum of the evaluations")
     if federation.start is not None:
-        seen.append("each site's sums of features" if each else "only the sum of the sums of features")
+        bare = federation.privacy is None or federation.privacy.central
+        what = "each site's sums of features" + ("" if bare else ", with noise")
+        seen.append(what if each else "only the sum of the sums of features")
     seen.append("no row of a site" if federation.test is None else f"its own test set of {len(federation.test):,} rows")
     table = _table("", "", texts=2)
     table.add_row("each site", f"its own rows, {sum(rows):,} in all, and the model")
     table.add_row("leaves a site", escape(", ".join(vectors + scalars)))
     table.add_row("coordinator", "; ".join(seen))
     return table
+
+
+def _guarantee(found: Forecast) -> dict[str, object]:
+    """What is protected, from whom, by what, and for how long."""
+    federation, privacy = found.federation, found.federation.privacy
+    trust = dict(guarantees.trust(federation))
+    if privacy is None:
+        return {"protected": None, "trust": trust}
+    return {
+        "protected": guarantees.protected(privacy),
+        "unit": privacy.unit,
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "accountant": privacy.accountant,
+        "relation": privacy.relation(scheme(federation.sampling)),
+        "neighbours": guarantees.neighbours(privacy, privacy.relation(scheme(federation.sampling))),
+        "mechanism": guarantees.mechanism(privacy),
+        "sampling": guarantees.sampling(federation),
+        "withheld": guarantees.WITHHELD,
+        "trust": trust,
+        "tiers": [
+            {"called": tier.called, "site": tier.site.name, "rows": tier.site.rows, **asdict(tier.prospect)}
+            for tier in found.tiers
+            if tier.prospect is not None
+        ],
+    }
+
+
+def _privacy(found: Forecast) -> Table:
+    federation, privacy = found.federation, found.federation.privacy
+    table = _table("", "", texts=2)
+    if privacy is None:
+        table.add_row("protected", f"nobody; {guarantees.NONE}")
+    else:
+        relation = privacy.relation(scheme(federation.sampling))
+        prospects = [tier.prospect for tier in found.tiers if tier.prospect is not None]
+        last = min(prospect.rounds for prospect in prospects)
+        noise = [prospect.noise for prospect in prospects]
+        how = "solved, so that the whole run keeps epsilon" if privacy.noise is None else "given"
+        for name, text in (
+            ("protected", guarantees.protected(privacy)),
+            ("by", f"{guarantees.amount(privacy)}, for the whole run, as computed by {privacy.accountant.upper()}"),
+            ("hard to tell apart", guarantees.neighbours(privacy, relation)),
+            ("mechanism", guarantees.mechanism(privacy)),
+            ("noise multiplier", f"{_by_tier(found, noise)}; {how}"),
+            *_of_the_start(found),
+            ("who is asked", guarantees.sampling(federation)),
+            ("spent at the end", f"epsilon {_by_tier(found, [prospect.epsilon for prospect in prospects])}"),
+            ("the budget lasts for", _lasting(last, federation.rounds, limited=privacy.epsilon is not None)),
+            ("withheld", guarantees.WITHHELD),
+        ):
+            table.add_row(name, escape(text))
+        table.add_section()
+    for who, what in guarantees.trust(federation):
+        table.add_row(who, escape(what))
+    return table
+
+
+def _of_the_start(found: Forecast) -> list[tuple[str, str]]:
+    noise = [t.prospect.start_noise for t in found.tiers if t.prospect is not None and t.prospect.start_noise]
+    return [("  of round zero", _by_tier(found, noise))] if noise else []
+
+
+def _by_tier(found: Forecast, values: Sequence[float]) -> str:
+    """ "1.13", or "1.43 (smallest), 0.912 (largest)" where sites differ."""
+    texts = [f"{value:.3g}" for value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return ", ".join(f"{text} ({tier.called})" for text, tier in zip(texts, found.tiers, strict=True))
+
+
+def _lasting(last: int, rounds: int, *, limited: bool) -> str:
+    if not limited:
+        return "ever: there is no limit, and epsilon grows with every round"
+    return f"all {plural(rounds, 'round')}" if last >= rounds else f"{last:,} of {plural(rounds, 'round')}"
 
 
 def _checks(found: Forecast) -> Table:

@@ -1,20 +1,20 @@
 """The options of a privacy guarantee, the guarantee that they ask for, and its ledger in a run's folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedelta.core.errors import BadInput, BadLedger
+
 if TYPE_CHECKING:
-    from fedelta.algorithms.federation import Federation
-    from fedelta.algorithms.private import Privacy
+    from fedelta.algorithms.private import Privacy, Prospect
     from fedelta.core.release import Ledger
 
 Command = Callable[..., Any]
 LEDGER = "ledger.jsonl"
-KEY = "ledger.key"
 UNITS = ("example", "site", "local")
 _POSITIVE = click.FloatRange(0, min_open=True)
 _OPTIONS = (
@@ -70,7 +70,7 @@ def privacy_options(command: Command) -> Command:
 def refusals(options: dict[str, Any]) -> list[tuple[bool, str]]:
     """What may be wrong with the options, and the sentence that says so."""
     asked = options["epsilon"] is not None or options["noise"] is not None
-    given = {name for name in ("delta", "unit", "clip") if options[name] is not None}
+    given = {name for name in ("delta", "unit", "clip", "ledger") if options[name] is not None}
     return [
         (
             bool(given) and not asked,
@@ -122,18 +122,35 @@ def ledger_in(folder: Path, shared: Path | None) -> "Ledger":
     from fedelta.privacy.ledger import FileLedger
 
     path = folder / LEDGER if shared is None else shared
-    key = path.with_name(KEY) if shared is None else path.with_suffix(".key")
+    key = key_of(path)
     if not key.exists():
+        if path.exists() and path.stat().st_size:
+            raise BadLedger(f"{path} has no key {key} beside it, with which its lines are signed; put it back")
         new_key(key)
     return FileLedger.open(path, key)
 
 
-def described(federation: "Federation[Any]") -> str:
-    """One line that says what a run protects."""
-    privacy = federation.privacy
-    assert privacy is not None
-    amount = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "no limit"
-    noise = "solved from it" if privacy.noise is None else f"multiplier {privacy.noise:g}"
-    what = "each row of a site" if privacy.unit == "example" else "each site as a whole"
+def key_of(ledger: Path) -> Path:
+    """The file of the private key that a ledger is signed with. Raises BadInput for a ledger that would be it."""
+    if ledger.suffix == ".key":
+        raise BadInput(f"{ledger} is the name of a key; give the ledger another one, such as ledger.jsonl")
+    return ledger.with_suffix(".key")
+
+
+def described(privacy: "Privacy", multipliers: Sequence[float], prospect: "Prospect | None", rounds: int) -> str:
+    """One line that says what a run protects.
+
+    `multipliers` are the noise multipliers of its sites, `prospect` is that of the site which gets least out of the
+    budget; None: the run has begun.
+    """
+    from fedelta.cli.guarantees import amount, protected
+
+    low, high = (f"{choose(multipliers):.3g}" for choose in (min, max))
+    noise = f"noise multiplier {low}" if low == high else f"noise multiplier {low} to {high} by site"
     whom = "whoever sees the models" if privacy.central else "the coordinator and whoever sees the models"
-    return f"Privacy: {what} is protected from {whom}; {amount} at delta {privacy.delta:g}, noise {noise}."
+    line = f"Privacy: {protected(privacy)} is protected from {whom}; {amount(privacy)}, {noise}"
+    if prospect is None:
+        return f"{line}."
+    if prospect.rounds < rounds:
+        return f"{line}, with which it lasts for {prospect.rounds:,} of {rounds:,} rounds."
+    return f"{line}." if privacy.epsilon is not None else f"{line}: epsilon will be {prospect.epsilon:.4g}."

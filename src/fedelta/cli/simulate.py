@@ -15,12 +15,14 @@ from fedelta import __version__
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.algorithms.planning import planned
 from fedelta.cli.experiment import Sites
+from fedelta.cli.guarantees import amount
 from fedelta.cli.held import Held
 from fedelta.cli.options import RunSettings
 from fedelta.cli.privacy import described, ledger_in
+from fedelta.cli.releases import privacy_sections
 from fedelta.core import codec
 from fedelta.core.digest import digest
-from fedelta.core.errors import CannotResume, FedeltaError
+from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, FedeltaError
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Plain, Request
 from fedelta.core.program import Fleet, Report, run
@@ -44,7 +46,7 @@ from fedelta.observe.report import run_page
 from fedelta.observe.tensorboard_events import TensorBoard
 from fedelta.observe.text import bytes_text, plural
 from fedelta.observe.tracking import Tracker, Trackers, settings
-from fedelta.privacy.accounting import epsilon
+from fedelta.privacy.ledger import MemoryLedger
 
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
@@ -64,28 +66,62 @@ class Simulation:
         console = Console(highlight=False)
         if self.settings.resume and not self.settings.out.is_dir():
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
+        if self.settings.ledger is not None and self.federation.privacy is None:
+            raise BadInput("--ledger has no effect without a guarantee; give the federation a `privacy`")
         held = Held.of(self.sites, self.federation, console, self.classes)
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
         planned = replace(self, federation=replace(self.federation, plan=self._plan(console)))
+        if not self.settings.resume:
+            shared = planned if self.settings.ledger is None else planned._with_ledger()
+            start = shared._solved(start, held, console)[0]  # nor does one that no noise makes private
         planned._run(start, held, console)
 
     def _run(self, start: FederationState[Any], held: Held, console: Console) -> None:
         with self._folder(held.digests, console) as folder:
             state, reports = folder.resume(start) if self.settings.resume else (None, [])
-            self._announce(console, held, state or start, reports)
             guarded = self._with_ledger()
-            state = guarded._rounds(folder, state or start, reports, held, console)
+            state, private = guarded._solved(state or start, held, console)
+            guarded._announce(console, held, state, reports, private)
+            state = guarded._rounds(folder, state, reports, held, console)
             if reports:
                 console.print(f"Ended after round {state.round}: {guarded.federation.finished(state)}.")
                 guarded._conclude(folder, state, reports, held, console)
 
     def _with_ledger(self) -> "Simulation":
         """The same, with a ledger of privacy that outlives this process, if there is a guarantee."""
-        if self.federation.privacy is None:
-            return self
-        return replace(
-            self, federation=replace(self.federation, ledger=ledger_in(self.settings.out, self.settings.ledger))
-        )
+        own = self.federation.ledger
+        if self.federation.privacy is None or (self.settings.ledger is None and not isinstance(own, MemoryLedger)):
+            return self  # an experiment may bring a ledger
+        ledger = ledger_in(self.settings.out, self.settings.ledger)
+        return replace(self, federation=replace(self.federation, ledger=ledger))
+
+    def _solved(self, state: FederationState[Any], held: Held, console: Console) -> tuple[FederationState[Any], str]:
+        """The state with the noise of its guarantee, which workers that are forked then know, and what to say of it.
+
+        Raises BudgetSpent if not even one round is left.
+        """
+        federation = self.federation
+        guard, names = federation.guard, list(held.rows)
+        if guard is None or not names:
+            return state, ""
+        fresh = state.round == 0 and not state.started
+        with console.status("solving the noise") as status:
+            state = federation.begun(state, self.sites.names)
+            assert state.privacy is not None
+            by_rows = {held.rows[name]: name for name in names}
+            multipliers = []
+            for done, rows in enumerate(sorted(by_rows)):
+                status.update(f"solving the noise ({done} of {len(by_rows)} sizes of sites)")
+                multipliers.append(guard.multiplier(state.privacy, rows))
+            least = min(by_rows)  # the smaller, the more of its rows are in each step
+            prospect = guard.prospect(state.privacy, by_rows[least], least) if fresh else None
+        if prospect is not None and not prospect.rounds and federation.rounds:
+            spent = guard.spent()
+            already = f", of which {spent:.4g} is spent already" if spent else ""
+            raise BudgetSpent(
+                f"not one round fits into {amount(guard.privacy)}{already}; give a larger epsilon, or more noise"
+            )
+        return state, described(guard.privacy, multipliers, prospect, federation.rounds)
 
     def _plan(self, console: Console) -> Plan:
         """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
@@ -129,7 +165,9 @@ class Simulation:
                 console.print(warning, style="yellow", markup=False, soft_wrap=True)
             yield folder
 
-    def _announce(self, console: Console, held: Held, state: FederationState[Any], reports: Sequence[Report]) -> None:
+    def _announce(
+        self, console: Console, held: Held, state: FederationState[Any], reports: Sequence[Report], private: str
+    ) -> None:
         overview = held.overview()
         if overview is not None and not reports:
             console.print(overview.table(), overview.summary())
@@ -143,8 +181,8 @@ class Simulation:
             f"{self.title}: {plural(len(self.sites.names), 'site')}, {travel}, {rounds}, seed {self.federation.seed}",
             markup=False,
         )
-        if self.federation.privacy is not None:
-            console.print(described(self.federation), markup=False, soft_wrap=True)
+        if private:
+            console.print(private, markup=False, soft_wrap=True)
         if reports:
             console.print(f"Resumed after round {state.round}.")
         elif self.settings.resume:
@@ -229,7 +267,8 @@ class Simulation:
     def _report(self, folder: RunFolder, reports: list[Report], held: Held) -> Path:
         """Write the HTML report of the rounds so far."""
         page = self.settings.out / "report.html"
-        write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=held.sections()))
+        sections = [*privacy_sections(self.federation, reports), *held.sections()]
+        write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
         return page
 
     def _save(self, state: FederationState[Any], reports: Sequence[Report], memory: Path) -> Path:
@@ -278,9 +317,8 @@ class Simulation:
         privacy = self.federation.privacy
         if privacy is None:
             return "not bounded: no noise was accounted for"
-        spent = epsilon(
-            self.federation.ledger.releases(), delta=privacy.delta, accountant=privacy.accountant, unit=privacy.unit
-        )
+        assert self.federation.guard is not None
+        spent = self.federation.guard.spent()
         return f"{privacy.unit}-level differential privacy, epsilon {spent:.4g} at delta {privacy.delta:g}"
 
 

@@ -46,13 +46,19 @@ def features(module: nn.Module, parts: Sequence[str], examples: Examples, plan: 
     """The features of every row, written into `out` [n, ...]; `module` is put into evaluation mode.
 
     `parts` are the names of the last parts, in the order in which they are called. Raises NoFeatures if the model's
-    outputs are not what these parts make of the features.
+    outputs are not what these parts make of the features, or if those of a row depend on the rows beside it: on the
+    shortest and the longest row, which are also read alone.
     """
     module.eval()
     width = sum(tensor[0].numel() * tensor.element_size() for tensor in examples.inputs.values()) if len(out) else 0
     batch = max(_PROBED, min(_BATCH, _BATCH_BYTES // max(1, width)))
-    for rows in torch.split(by_length(examples), batch):
+    order = by_length(examples)
+    for rows in torch.split(order, batch):
         out[rows] = _of_batch(module, parts, examples[rows], plan).to(out.dtype).cpu()
+    for row in (order[:1], order[-1:]) if len(order) > 1 else ():
+        alone = _of_batch(module, parts, examples[row], plan).to(out.dtype).cpu()
+        if not _close(alone, out[row], _TOLERANCE_BF16 if plan.bf16 else _TOLERANCE):
+            raise NoFeatures(f"what {type(module).__name__} makes of a row depends on how far others are padded")
     return out
 
 
@@ -74,9 +80,7 @@ def _of_batch(module: nn.Module, parts: Sequence[str], rows: Examples, plan: Pla
             explained = values[:_PROBED]
             for part in last:
                 explained = part(explained)
-            same = explained.shape == outputs.shape and torch.allclose(
-                explained.float(), outputs.float(), rtol=tolerance, atol=tolerance * float(outputs.abs().max())
-            )
+            same = _close(explained, outputs, tolerance)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
             same = False  # parts that need, or give, more than a tensor
     if not same or len(values) != len(rows):
@@ -85,6 +89,12 @@ def _of_batch(module: nn.Module, parts: Sequence[str], rows: Examples, plan: Pla
             "tensor of features a row"
         )
     return values
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return found.shape == expected.shape and torch.allclose(
+        found.float(), expected.float(), rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
 
 
 def _passed_on(module: nn.Module, parts: Sequence[nn.Module], inputs: Mapping[str, Tensor]) -> Tensor:

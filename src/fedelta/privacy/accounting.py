@@ -23,40 +23,31 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 
 from fedelta.core.errors import BadInput, BudgetSpent, UnsoundCombination
 from fedelta.core.messages import PartyId
-from fedelta.core.release import Relation, Release, Unit
-from fedelta.privacy.composition import Accountant, Counts, Seen, counted, epsilon_of
+from fedelta.core.release import Accountant, Budget, Relation, Release, Unit
+from fedelta.privacy.composition import Counts, Seen, counted, epsilon_of
 from fedelta.privacy.events import NOISE, Event
 
 CLOSE = 1e-3  # how far above the least noise that keeps a budget `noise_multiplier` may be, relatively
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much may be learned about a unit: epsilon > 0 and 0 < delta < 1, as `accountant` computes them."""
-
-    epsilon: float
-    delta: float
-    accountant: Accountant = "pld"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise BadInput(f"Budget.epsilon must be > 0 and finite, got {self.epsilon}")
-        _check_delta(self.delta)
-        _check_accountant(self.accountant)
-
-
 def epsilon(
-    releases: Iterable[Release], *, delta: float, accountant: Accountant = "pld", unit: Unit, of: PartyId | None = None
+    releases: Iterable[Release],
+    *,
+    delta: float,
+    accountant: Accountant = "pld",
+    unit: Unit,
+    of: PartyId | None = None,
+    coarse: bool = False,
 ) -> float:
     """Epsilon, at this delta, of all releases together for a unit: the site `of`, or an example there.
 
     Without `of`, the largest over all sites. 0 for no release; infinite if one is not private, or is for examples where
-    the unit is a site. For examples, releases for sites are counted as if the site was replaced (see above).
+    the unit is a site. For examples, releases for sites are counted as if the site was replaced (see above). `coarse`
+    is a little more than that, some ten times sooner.
 
     Raises UnsoundCombination where `accountant` has no bound: "pld" for sampling without replacement and for trees,
     "rdp" for Poisson samples of units that are replaced.
@@ -64,7 +55,7 @@ def epsilon(
     _check_delta(delta)
     _check_accountant(accountant)
     seen = Seen(releases)
-    return max(epsilon_of(counts, delta, accountant, unit) for counts in seen.of(of))
+    return max(epsilon_of(counts, delta, accountant, unit, coarse) for counts in seen.of(of))
 
 
 def noise_multiplier(
@@ -104,10 +95,12 @@ def noise_multiplier(
     guess, step = 1.0, 0.25
     if budget.accountant == "pld":
         # What keeps the budget by a looser bound keeps it, so the search ends next to where those that are quick end.
-        with suppress(UnsoundCombination):
+        # They do not get below some epsilon, whatever the noise (RDP: about log(1 / delta) / 1000).
+        with suppress(UnsoundCombination, BadInput):
             guess = _least_noise(lambda noise: spends(noise, "rdp"), budget, guess, step)
-        guess = _least_noise(lambda noise: spends(noise, "pld", coarse=True), budget, guess, step)
-        step = 2 * CLOSE
+        with suppress(BadInput):
+            guess = _least_noise(lambda noise: spends(noise, "pld", coarse=True), budget, guess, step)
+            step = 2 * CLOSE
     found = _least_noise(lambda noise: spends(noise, budget.accountant), budget, guess, step)
     for counts in added(found):
         _memory(budget, unit).holds(counts)
@@ -136,11 +129,14 @@ class Account:
         self.budget = budget
         self.unit: Unit = unit
         self.of = of
-        self._seen = Seen(releases)
+        self._seen = Seen()
+        self.recorded = 0  # releases up to now
+        self.add(list(releases))
 
-    def add(self, releases: Iterable[Release]) -> None:
+    def add(self, releases: Sequence[Release]) -> None:
         """These were recorded. Not checked: what was released is counted, whether it fits or not."""
         self._seen.add(releases)
+        self.recorded += len(releases)
 
     def fits(self, more: Iterable[Release]) -> bool:
         """Whether recording `more` keeps the budget. Raises UnsoundCombination as `epsilon`."""
@@ -187,12 +183,16 @@ class _Memory:
         kept[:] = [*(other for other in kept if not other <= counts), counts]
 
     def _computed(self, counts: Counts) -> bool:
-        if epsilon_of(counts, self._budget.delta, self._budget.accountant, self._unit) <= self._budget.epsilon:
+        looks = (True, False) if self._budget.accountant == "pld" else (False,)  # what keeps it by a first look, does
+        if any(self._epsilon(counts, coarse) <= self._budget.epsilon for coarse in looks):
             self.holds(counts)
             return True
         broken = self._broken.setdefault(frozenset(counts), [])
         broken[:] = [*(other for other in broken if not other >= counts), counts]
         return False
+
+    def _epsilon(self, counts: Counts, coarse: bool) -> float:
+        return epsilon_of(counts, self._budget.delta, self._budget.accountant, self._unit, coarse)
 
     def _is_kept(self, counts: Counts) -> bool:
         return any(counts <= kept for kept in self._kept.get(frozenset(counts), ()))

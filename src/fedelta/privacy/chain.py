@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = b"fedelta privacy ledger 1\n"
 CURE = "put back a copy that has all lines, or release nothing more about these data: nobody can tell what was released"
 _LINE = re.compile(rb'(\{.*),"seal":"([0-9a-f]+)"\}', re.DOTALL)
+_SIGNATURE = 128  # hexadecimal digits of an Ed25519 signature; a hash has 64
 _FIELDS = [field.name for field in fields(Release)]
 
 
@@ -206,3 +207,13 @@ def _dumped(plain: object) -> bytes:
 def after(tip: Tip, line: bytes) -> Tip:
     """How far the ledger is with one line more, which is given without its newline."""
     return Tip(bytes=tip.bytes + len(line) + 1, lines=tip.lines + 1, head=hashlib.sha256(line).hexdigest())
+
+
+def is_signed(path: Path) -> bool:
+    """Whether the first line of a ledger has a signature, and not a mere hash; of what is no ledger, it has none."""
+    try:
+        with path.open("rb") as file:
+            match = _LINE.fullmatch(file.readline().rstrip(b"\n"))
+    except OSError:
+        return False
+    return match is not None and len(match[2]) == _SIGNATURE

@@ -49,7 +49,8 @@ class AdaptiveClip:
         if noise and own <= noise:
             raise BadInput(
                 f"the count of {self} has the noise multiplier {own:g}, which leaves nothing of {noise:g} for the "
-                f"updates; give a count_noise well above {noise / 2:g}, or a larger cohort"
+                f"updates; give a fixed norm as the clip (--clip C), a count_noise well above {noise / 2:g}, or a "
+                "larger cohort"
             )
         return (noise**-2 - own**-2) ** -0.5 if noise else 0.0
 

@@ -13,16 +13,16 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from fedelta.core.errors import BadInput, UnsoundCombination
 from fedelta.core.messages import PartyId
-from fedelta.core.release import Relation, Release, Unit
+from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.events import MOST, from_plain
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
-
-Accountant = Literal["pld", "rdp"]
 
 GRID = 1e-4  # step in which privacy losses are rounded up, dp-accounting's own
 WIDEST_ONE = 25.0  # range of losses, of one release and of all, up to which that step is kept; beyond, it grows with
@@ -230,7 +230,8 @@ def _pld_epsilon(pairs: Counter[_Pair], delta: float, coarse: bool) -> float:
     if width > BEYOND:
         return math.inf if any(pair.replaced for pair in sampled) else _rdp_epsilon(pairs, delta)
     if not sampled:
-        return float(get_epsilon_gaussian(precision**-0.5, delta))
+        with np.errstate(divide="ignore"):  # the library takes the logarithm of 0 on the way to a small epsilon
+            return float(get_epsilon_gaussian(precision**-0.5, delta))
     single = max(0.5 / pair.atom.noise**2 + 10 / pair.atom.noise for pair in sampled)
     grid = GRID * 2.0 ** math.ceil(math.log2(max(1.0, width / WIDEST_ALL, single / WIDEST_ONE)))
     if coarse:

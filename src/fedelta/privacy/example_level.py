@@ -19,9 +19,8 @@ import torch
 
 from fedelta.core.messages import Tensors, Update
 from fedelta.core.noise import Noise
-from fedelta.core.release import Relation, Release, Unit
+from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm
-from fedelta.privacy.composition import Accountant
 from fedelta.privacy.events import Event, no_op, steps
 from fedelta.privacy.guarantee import PrivacyState, check, solved, start_multiplier
 from fedelta.privacy.population import Population, Scheme, Work
@@ -72,7 +71,7 @@ class ExampleLevel:
         return {name: torch.tensor(value, dtype=torch.int64) for name, value in told.items()}
 
     def steps(self, work: Work, told: Tensors) -> tuple[float, float]:
-        return self.clip, _multipliers(self, work, int(told[ROUNDS]), bool(told[START]))[0]
+        return self.clip, _multipliers(self, work.rate, work.steps, int(told[ROUNDS]), bool(told[START]))[0]
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
         return replace(update, sums={**update.sums, ROWS: float(work.rows)})  # the noise is in it
@@ -94,8 +93,10 @@ class ExampleLevel:
 
 
 @lru_cache(maxsize=4096)
-def _multipliers(guarantee: ExampleLevel, work: Work, rounds: int, start: bool) -> tuple[float, float]:
+def _multipliers(guarantee: ExampleLevel, rate: float, count: int, rounds: int, start: bool) -> tuple[float, float]:
+    """Those of a round of `count` steps, and of round zero; sites that differ in nothing else share them."""
+
     def event(noise: float) -> Event:
-        return steps(work.rate, noise, work.steps)
+        return steps(rate, noise, count)
 
     return solved(guarantee, event, "replace_special", rounds, (), start)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedelta.core.errors import BadInput
-from fedelta.core.release import Relation, Release, Unit
-from fedelta.privacy.accounting import Budget, epsilon, noise_multiplier
-from fedelta.privacy.composition import Accountant
+from fedelta.core.release import Accountant, Budget, Relation, Release, Unit
+from fedelta.privacy.accounting import epsilon, noise_multiplier
 from fedelta.privacy.events import Event, gaussian
 from fedelta.privacy.matrix_noise import NoiseState
 

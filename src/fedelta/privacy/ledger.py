@@ -33,22 +33,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from fedelta.core.errors import BadLedger, BudgetSpent, FedeltaError
-from fedelta.core.messages import PartyId
-from fedelta.core.release import Release, Unit
-from fedelta.privacy.accounting import Account, Budget
+from fedelta.core.release import Limit, Release
+from fedelta.privacy.accounting import Account
 from fedelta.privacy.chain import CURE, Seal, Tip, after, checked, line_of, read
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """What the owner of the data allows to be released about them."""
-
-    budget: Budget
-    unit: Unit
-    of: PartyId | None = None  # None: for every site
 
 
 class MemoryLedger:
@@ -56,34 +46,40 @@ class MemoryLedger:
 
     def __init__(self, limit: Limit | None = None) -> None:
         self._releases: list[Release] = []
-        self._account = Account(budget=limit.budget, unit=limit.unit, of=limit.of) if limit else None
+        self._accounts: dict[Limit, Account] = {}
+        self._limit = limit
 
     def releases(self) -> Sequence[Release]:
         return tuple(self._releases)
 
-    def record(self, *releases: Release) -> None:
+    def record(self, *releases: Release, within: Limit | None = None) -> None:
         """As `Ledger` says. Raises BadInput if one is not a release that can be accounted for."""
         found = [checked(release) for release in releases]
-        self.check(found)
+        self.check(found, within)
         self.add(found)
 
-    def check(self, releases: Sequence[Release]) -> None:
-        """Raise BudgetSpent if recording these would pass the limit."""
-        if self._account is None or self._account.fits(releases):
-            return
-        budget, unit, of = self._account.budget, self._account.unit, self._account.of
-        would = Account(budget=budget, unit=unit, of=of, releases=[*self._releases, *releases]).epsilon()
-        raise BudgetSpent(
-            f"what is to be released would bring epsilon for each {unit} from {self._account.epsilon():.4g} to "
-            f"{would:.4g} at delta {budget.delta:g}, and the limit is {budget.epsilon:g}; stop here, or have "
-            "the owner of the data raise it"
-        )
+    def check(self, releases: Sequence[Release], within: Limit | None) -> None:
+        """Raise BudgetSpent if recording these would pass a limit."""
+        for limit in (self._limit, within):
+            if limit is not None:
+                self._check(releases, limit)
 
     def add(self, releases: Sequence[Release]) -> None:
         """Add what was recorded elsewhere, whether it passes the limit or not."""
         self._releases += releases
-        if self._account is not None:
-            self._account.add(releases)
+
+    def _check(self, releases: Sequence[Release], limit: Limit) -> None:
+        budget, unit, of = limit.budget, limit.unit, limit.of
+        account = self._accounts.setdefault(limit, Account(budget=budget, unit=unit, of=of))
+        account.add(self._releases[account.recorded :])
+        if account.fits(releases):
+            return
+        would = Account(budget=budget, unit=unit, of=of, releases=[*self._releases, *releases]).epsilon()
+        raise BudgetSpent(
+            f"this would bring epsilon for each {unit} from {account.epsilon():.4g} to {would:.4g} at "
+            f"delta {budget.delta:g}, and the limit is {budget.epsilon:g}; stop here, or have the owner of the data "
+            "raise it"
+        )
 
 
 class FileLedger:
@@ -134,7 +130,7 @@ class FileLedger:
             self._catch_up(file)
             return self._memory.releases()
 
-    def record(self, *releases: Release) -> None:
+    def record(self, *releases: Release, within: Limit | None = None) -> None:
         """As `Ledger` says, after what others have recorded in the meantime.
 
         Raises BadInput if it is not a release that can be accounted for, BadLedger if the file was changed otherwise,
@@ -143,7 +139,7 @@ class FileLedger:
         new = [checked(release) for release in releases]
         with _held(self.path) as file:
             self._catch_up(file)
-            self._memory.check(new)
+            self._memory.check(new, within)
             tip, lines = self._tip, list[bytes]()
             for release in new:
                 lines.append(line_of(tip, release, self._seal))
@@ -161,6 +157,14 @@ class FileLedger:
         return [tip for tip, _ in found]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A ledger as it was read: its releases, and the hash of its last line."""
+
+    releases: Sequence[Release]
+    head: str
+
+
 def verify(
     path: Path | str,
     key: "Path | str | Ed25519PublicKey | None",
@@ -168,7 +172,18 @@ def verify(
     at_least: int = 0,
     includes: str | None = None,
 ) -> list[Release]:
-    """The releases of a ledger, each line of which was checked with the public `key`, or its PEM file.
+    """The releases of a ledger, each line of which was checked: see `verified`."""
+    return list(verified(path, key, at_least=at_least, includes=includes).releases)
+
+
+def verified(
+    path: Path | str,
+    key: "Path | str | Ed25519PublicKey | None",
+    *,
+    at_least: int = 0,
+    includes: str | None = None,
+) -> Verified:
+    """A ledger, each line of which was checked with the public `key`, or its PEM file.
 
     None for a ledger whose lines are not signed; `at_least` and `includes` as in `FileLedger.open`. Needs no right to
     write. Raises BadLedger.
@@ -178,8 +193,9 @@ def verify(
     start = Tip(head=seal.start)
     with _held(path, os.O_RDONLY) as file:
         found = read(path, file, start, seal, every_seal=True)
-    _check_whole(path, [start, *(tip for tip, _ in found)], at_least, includes)
-    return [release for _, release in found]
+    tips = [start, *(tip for tip, _ in found)]
+    _check_whole(path, tips, at_least, includes)
+    return Verified(releases=[release for _, release in found], head=tips[-1].head)
 
 
 # The file

@@ -10,20 +10,20 @@ as one, and no other number of it leaves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from fedelta.core.messages import Tensors, Update
 from fedelta.core.noise import Noise
-from fedelta.core.release import Relation, Release, Unit
+from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm, clipped
-from fedelta.privacy.composition import Accountant
 from fedelta.privacy.events import Event, gaussian, no_op
 from fedelta.privacy.guarantee import PrivacyState, check, solved
 from fedelta.privacy.population import Population, Scheme, Work
 
-NOISE = "privacy/noise"
+ROUNDS = "privacy/rounds"  # in the broadcast: for how many rounds a site's noise has to do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +54,21 @@ class LocalDP:
         return "replace_one"
 
     def begin(self, population: Population, size: int, before: Sequence[Release], start: bool) -> PrivacyState:
-        noise, _ = solved(self, gaussian, "replace_one", population.participations, before, False)
-        return PrivacyState(noise=noise, norm=self.clip)
+        return PrivacyState(noise=self._multiplier(population.rounds), norm=self.clip)
 
     def shared(self, state: PrivacyState) -> Tensors:
-        return {NOISE: torch.tensor(state.noise, dtype=torch.float64)}
+        return {ROUNDS: torch.tensor(state.rounds, dtype=torch.int64)}
 
     def steps(self, work: Work, told: Tensors) -> None:
         return None
 
     def start_noise(self, told: Tensors) -> float:
-        return float(told[NOISE])
+        return self._multiplier(int(told[ROUNDS]))
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
         values, within = clipped(update.values.vector, self.clip)
         values = values.clone() if within else values
-        noise.add_normal(values, 2 * float(told[NOISE]) * self.clip)
+        noise.add_normal(values, 2 * self._multiplier(int(told[ROUNDS])) * self.clip)
         return replace(update, values=update.values.like(values), weight=1.0, sums={})
 
     def on_total(
@@ -78,8 +77,17 @@ class LocalDP:
         return total, state
 
     def event_at_site(self, work: Work, told: Tensors) -> Event:
-        return gaussian(float(told[NOISE]))
+        return gaussian(self._multiplier(int(told[ROUNDS])))
 
     def event(self, state: PrivacyState, population: Population, round: int, again: bool) -> Event:
         """Nothing beyond what the sites let out."""
         return no_op()
+
+    def _multiplier(self, rounds: int) -> float:
+        """A site works it out for itself: whom it is protected from does not say how much noise there is."""
+        return _solved(self, rounds)
+
+
+@lru_cache(maxsize=64)
+def _solved(guarantee: LocalDP, rounds: int) -> float:
+    return solved(guarantee, gaussian, "replace_one", rounds, (), False)[0]

@@ -91,11 +91,12 @@ class Strategy:
         """The state before the first round, for vectors of `size` numbers."""
         return NoiseState(strategy=self, before=torch.zeros(self.bands - 1, size, dtype=dtype))
 
-    def next(self, state: "NoiseState", noise: Noise, std: float) -> tuple[Tensor, "NoiseState"]:
-        """The noise of the next round [size], to be added to the sum of its updates, and the state after it.
+    def next(self, state: "NoiseState", values: Tensor, noise: Noise, std: float) -> tuple[Tensor, "NoiseState"]:
+        """The sum of a round's updates, `values` [size], with its noise, in float64; and the state after it.
 
-        `std` is that of the independent draws W, the same in all rounds. Raises BudgetSpent after `rounds` rounds, and
-        CannotResume for the state of another strategy.
+        `std` is that of the independent draws W, the same in all rounds. They come last, on top of all else: where a
+        source rounds what it gives (core/noise.py: SystemNoise), no bit of the values is left below that. Raises
+        BudgetSpent after `rounds` rounds, and CannotResume for the state of another strategy.
         """
         if state.strategy != self:
             raise CannotResume(
@@ -106,11 +107,11 @@ class Strategy:
             raise BudgetSpent(f"the noise is for {self.rounds} rounds, and they are over; begin a new run for more")
         if not 0 < std < math.inf:
             raise BadInput(f"the noise's standard deviation must be > 0 and finite, got {std}")
-        drawn = torch.zeros(state.before.shape[1], dtype=state.before.dtype)
-        noise.add_normal(drawn, std)
-        drawn.addmv_(state.before.T, torch.tensor(self.coefficients[1:], dtype=drawn.dtype), alpha=-1)
-        before = torch.cat((drawn.unsqueeze(0), state.before))[: self.bands - 1]
-        return drawn, NoiseState(strategy=self, before=before, rounds=state.rounds + 1)
+        corrected = torch.tensor(self.coefficients[1:], dtype=state.before.dtype) @ state.before
+        noised = values.double() - corrected
+        noise.add_normal(noised, std)
+        before = torch.cat(((noised - values).to(state.before).unsqueeze(0), state.before))[: self.bands - 1]
+        return noised, NoiseState(strategy=self, before=before, rounds=state.rounds + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

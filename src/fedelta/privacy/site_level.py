@@ -5,15 +5,16 @@ estimator with a fixed denominator). Each site scales its delta down to the L2 n
 adds N(0, (z s)^2) to each number of the sum and divides by the expected number of sites. It is accounted for as what it
 was:
 
-- every site in every round: neighbours differ by one site (add or remove), s = C, a Gaussian mechanism a round;
+- every site in every round: neighbours differ in one site, whose deltas count, or are zero in all rounds (zero-out: the
+  names and the number of registered sites are public), s = C, a Gaussian mechanism a round;
 - each site with probability q: the same, amplified by Poisson sampling. The sum is never divided by the actual number;
 - a cohort of fixed size: neighbours differ in the data of one site, s = 2 C, sampling without replacement (RDP only);
 - in turn: noise that is correlated across rounds (privacy/matrix_noise.py), one Gaussian mechanism for the whole run,
   and no trust in any sampling.
 
-What is hidden is whether a site takes part, from whoever sees the models and the reports; not from the coordinator,
-which gets each delta, nor from whoever learns who was asked in which round, if sites are sampled. No other number of a
-site is released: the losses of training are withheld.
+What is hidden is what a site has, from whoever sees the models; not from the coordinator, which gets each delta. Where
+sites are sampled, nobody else may know who was asked in which round: the reports say so, and stay at the coordinator.
+No other number of a site is released: the losses of training are withheld.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,8 @@ import torch
 from fedelta.core.errors import BadInput, UnsoundCombination
 from fedelta.core.messages import Tensors, Update
 from fedelta.core.noise import Noise
-from fedelta.core.release import Relation, Release, Unit
+from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import WITHIN, AdaptiveClip, check_norm, clipped
-from fedelta.privacy.composition import Accountant
 from fedelta.privacy.events import Event, gaussian, no_op, poisson_gaussian, without_replacement_gaussian
 from fedelta.privacy.guarantee import PrivacyState, check, solved
 from fedelta.privacy.matrix_noise import Strategy, optimised
@@ -84,12 +84,7 @@ class SiteLevel:
         return (WITHIN,) if isinstance(self.clip, AdaptiveClip) else ()
 
     def relation(self, scheme: Scheme) -> Relation:
-        match scheme:
-            case "fixed":
-                return "replace_one"
-            case "cyclic":
-                return "replace_special"
-        return "add_or_remove_one"
+        return "replace_one" if scheme == "fixed" else "replace_special"
 
     def begin(self, population: Population, size: int, before: Sequence[Release], start: bool) -> PrivacyState:
         """The state before the first round: noise that keeps the budget, for updates of `size` numbers."""
@@ -142,8 +137,8 @@ class SiteLevel:
         if state.correlated is not None:
             strategy = state.correlated.strategy
             most = strategy.sensitivity(population.separation, population.participations)
-            added, correlated = strategy.next(state.correlated, noise, state.noise * state.norm * most)
-            values += added
+            noised, correlated = strategy.next(state.correlated, values, noise, state.noise * state.norm * most)
+            values = noised.to(values)
             after = replace(state, correlated=correlated)
         elif isinstance(self.clip, AdaptiveClip):
             own = self.clip.noise_on_values(state.noise, population.cohort)
