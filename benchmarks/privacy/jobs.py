@@ -26,7 +26,7 @@ from fedelta import (
     run,
 )
 from fedelta.algorithms.algorithm import Algorithm
-from fedelta.algorithms.private import Privacy
+from fedelta.algorithms.mechanism import Privacy
 from fedelta.algorithms.sampling import All
 from fedelta.core.release import Ledger
 

@@ -13,11 +13,11 @@ from torch import nn
 from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdam, FedOpt
-from fedelta.algorithms.private import Privacy
+from fedelta.algorithms.mechanism import Privacy
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
-from fedelta.core.errors import BadInput, CannotResume, UnsoundCombination
+from fedelta.core.errors import BadInput, CannotResume, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
-from fedelta.core.messages import Request
+from fedelta.core.messages import Request, Requests
 from fedelta.core.program import Report, Site, SiteData, run
 from fedelta.core.release import Budget, Limit, Release
 from fedelta.core.snapshot import load, save
@@ -259,7 +259,7 @@ def test_a_state_without_its_ledger_is_refused() -> None:
     first = federation(SiteLevel(clip=0.5, noise=2.0))
     state, _ = next(iter(run(first, Local(first, site, SITES))))
     other = federation(SiteLevel(clip=0.5, noise=2.0))
-    with pytest.raises(CannotResume, match="give the ledger"):
+    with pytest.raises(CannotResume, match="does not begin with the 1 releases"):
         next(iter(run(other, Local(other, site, SITES), state)))
 
 
@@ -298,7 +298,7 @@ def test_a_site_refuses_work_beyond_its_own_limit(privacy: Privacy) -> None:
     refused = [report.round for report in reports if "site-03" in report.absent]
     assert refused == list(range(refused[0], 9))
     assert refused[0] > 1
-    assert "limit is 3" in reports[-1].absent["site-03"]
+    assert "is not told" in reports[-1].absent["site-03"]  # why a site is absent is data like any other
     assert len(own.releases()) == refused[0] - 1
 
 
@@ -323,6 +323,84 @@ def test_another_request_for_the_same_round_is_charged_anew() -> None:
             event=event, unit="example", relation="replace_special", of="site-00", job=own.releases()[-1].job, round=1
         )
     pytest.fail("the site was asked ten times and never refused")
+
+
+def asked(program: Federation[Any], op: str = "train", **changes: torch.Tensor) -> torch.Tensor:
+    """What site-00 answers in round 1, to a request in which some tensors are changed."""
+    state = program.begun(program.init(), SITES)
+    shared, _ = program.broadcast(state, SITES)
+    request = Request(to="site-00", op=op, round=1, shared={**shared, **changes})
+    data = SiteData(train=site("site-00"), validation=site("site-01"))
+    return program.handle(request, Site(id="site-00", data=lambda: data)).body["difference"]
+
+
+def test_seeded_noise_is_another_one_for_every_message() -> None:
+    """Or two answers to two broadcasts would have the same noise, which their difference would not have."""
+    program = federation(LocalDP(clip=0.5, noise=100.0))
+    start = program.init().algorithm.vector
+    first, again = asked(program), asked(federation(LocalDP(clip=0.5, noise=100.0)))
+    assert torch.equal(first, again)
+    other = asked(program, parameters=start + 1e-3)
+    assert float((first - other).norm()) > 0.5 * float(first.norm())
+
+
+def test_noise_of_two_experiments_differs_also_with_one_seed() -> None:
+    moved = [deltas(federation(SiteLevel(clip=clip, noise=300.0), rounds=1, test=None), 1) for clip in (0.01, 0.010001)]
+    assert float((moved[0] - moved[1]).norm()) > 0.5 * float(moved[0].norm())
+
+
+@pytest.mark.parametrize("privacy", [LocalDP(clip=0.5, epsilon=2.0), ExampleLevel(clip=0.5, noise=1.0)], ids=str)
+def test_a_site_tells_nothing_that_no_guarantee_covers(privacy: Privacy) -> None:
+    program = federation(privacy)
+    for op in ("evaluate", "statistics"):
+        with pytest.raises(BadInput, match=f"knows no '{op}' request"):
+            asked(program, op)
+
+
+def test_a_site_does_not_believe_what_it_is_told_about_noise() -> None:
+    program = federation(LocalDP(clip=0.5, epsilon=1.0))
+    for rounds in (0, -1):
+        with pytest.raises(BadInput, match="asked for round 1, with noise for"):
+            asked(program, **{"privacy/rounds": torch.tensor(rounds)})
+    quiet = asked(program, **{"privacy/rounds": torch.tensor(4), "privacy/noise": torch.tensor(0.0)})
+    assert float(quiet.norm()) > 10
+
+
+@pytest.mark.parametrize(
+    "privacy", [LocalDP(clip=0.5, noise=1.5, epsilon=8.0), ExampleLevel(clip=1.0, noise=1.0, epsilon=7.0)], ids=str
+)
+def test_given_noise_ends_with_its_budget_also_where_sites_add_it(privacy: Privacy) -> None:
+    program = federation(privacy, rounds=30, evaluate_every=100)
+    given = ran(program)
+    assert 0 < len(given) < 30
+    assert epsilon(program.ledger.releases(), delta=1e-5, unit=privacy.unit) <= float(privacy.epsilon or 0)
+
+
+def test_what_has_arrived_is_taken_down_also_if_the_round_fails() -> None:
+    def mostly_gone(name: str) -> Examples:
+        return site(name)[: 12 if name == "site-05" else 0]
+
+    program = federation(LocalDP(clip=0.5, noise=1.0), min_sites=2)
+    with pytest.raises(TooFewSites, match="is not told"):
+        ran(program, mostly_gone)
+    assert [release.of for release in program.ledger.releases()] == ["site-05"]
+
+
+def test_a_run_does_not_go_on_with_another_ledger() -> None:
+    first = federation(SiteLevel(clip=0.5, noise=2.0))
+    state, _ = next(iter(run(first, Local(first, site, SITES))))
+    ledger = MemoryLedger()
+    ledger.record(Release(event=gaussian(1e5), unit="site", relation="replace_special"))
+    other = federation(SiteLevel(clip=0.5, noise=2.0), ledger=ledger)
+    with pytest.raises(CannotResume, match="does not begin with"):
+        next(iter(run(other, Local(other, site, SITES), state)))
+
+
+def test_many_sites_at_once_is_no_way_round_the_guarantee() -> None:
+    program = federation(ExampleLevel(clip=1.0, noise=1.0))
+    requests = Requests(to=SITES[:2], op="train", round=1, shared={"parameters": program.init().algorithm.vector})
+    with pytest.raises(BadInput, match="one by one"):
+        program.handle_many(requests, [Site(id=name, data=lambda: SiteData(train=site("site-00"))) for name in SITES[:2]])
 
 
 # The closed-form start

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedelta.aggregation.mean import Mean
-from fedelta.algorithms.private import population
+from fedelta.algorithms.mechanism import population
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import Update

@@ -21,8 +21,9 @@ from fedelta.aggregation.factors import Meter, half, pairs
 from fedelta.aggregation.rule import ManyRule, Rule
 from fedelta.algorithms import evaluation, round_zero, soundness
 from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
+from fedelta.algorithms.mechanism import Entropy, Privacy, scheme
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
-from fedelta.algorithms.private import Entropy, Guard, Privacy, scheme
+from fedelta.algorithms.private import Guard
 from fedelta.algorithms.sampling import All, Sampling
 from fedelta.algorithms.stopping import Best, Stop
 from fedelta.algorithms.tally import Tally, bodies
@@ -131,7 +132,8 @@ class Federation(Generic[S]):
         zeroth = self.start is not None and not state.started
         round = 0 if zeroth else state.round + 1
         state = self.begun(state, parties)
-        tally = Tally(cohort=parties if zeroth else self.sampling(parties, round, self._sampling_seed))
+        cohort = parties if zeroth else self.sampling(parties, round, self._sampling_seed)
+        tally = Tally(cohort=cohort, registered=len(parties), told=self.privacy is None)
         with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
             after, metrics = (self._start if zeroth else self._train)(state, round, fleet, tally)
         trained, waited = time.perf_counter(), tally.waited
@@ -163,6 +165,7 @@ class Federation(Generic[S]):
             job=digest(self),
             sampling=self.sampling,
             training=self.algorithm.training,
+            start=self.start is not None,
         )
 
     @property
@@ -202,17 +205,25 @@ class Federation(Generic[S]):
             return state, {}  # Poisson sampling may draw fewer: a round in which nothing is learned
         shared, own = self.broadcast(state, cohort)
         requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
-        updates = self._in_order(self._arriving(fleet, requests, algorithm, tally), cohort)
+        rule = self.aggregation
+        if self._noised_total and self.guard is not None and state.privacy is not None:
+            rule = self.guard.mean(state.privacy)
+        updates = self._in_order(self._arriving(fleet, requests, algorithm, rule, tally), cohort)
         meter = Meter(self.algorithm.parameters(algorithm)) if self._metered and self._due(round) else None
         layout = self.algorithm.layout(algorithm, fleet.parties()[0])
-        total = self._total(updates if meter is None else meter.watch(updates), len(cohort), layout)
+        try:
+            total = self._total(updates if meter is None else meter.watch(updates), rule, tally, layout)
+        except BaseException:
+            if self.guard is not None:  # what has arrived is out
+                self.guard.sent(tally.arrived, shared, round)
+            raise
         metrics = self._named("train", total.sums)
         if self._due(round) and any(map(half, layout.by_name)):
             error, tally.aggregation_errors = (None, {}) if meter is None else meter.errors(total)
             metrics |= {} if error is None else {"aggregation_error": error}
         if self.guard is not None and state.privacy is not None:
-            rows = {party: tally.rows.get(party, 1) for party in tally.answered}
-            total, privacy, tally.releases = self.guard.released(total, state.privacy, rows, shared, round)
+            found = self.guard.released(total, state.privacy, tally.arrived, shared, round)
+            total, privacy, tally.releases = found
             state = replace(state, privacy=privacy)
         for stage in reversed(self.stages):
             total = stage.on_total(total)
@@ -227,14 +238,14 @@ class Federation(Generic[S]):
         """What sites have to know of the guarantee."""
         return {} if self.privacy is None or state.privacy is None else self.privacy.shared(state.privacy)
 
-    def _total(self, updates: Iterator[Update], cohort: int, layout: Layout) -> Update:
-        """The aggregate; of no update at all where what is released is noised, as a round must not show that."""
+    def _total(self, updates: Iterator[Update], rule: Rule, tally: Tally, layout: Layout) -> Update:
+        """The aggregate; where what is released is noised, it shows neither that nobody answered nor how many did."""
         if not self._noised_total:
-            return self.aggregation(updates, cohort)
+            return rule(updates, len(tally.cohort))
         first = next(updates, None)
         if first is None:
             return Update(values=Parameters.zeros(layout), weight=0.0)
-        return self.aggregation(itertools.chain((first,), updates), cohort)
+        return rule(itertools.chain((first,), updates), tally.registered)
 
     @property
     def _noised_total(self) -> bool:
@@ -278,9 +289,9 @@ class Federation(Generic[S]):
     def handle(self, request: Request, site: Site) -> Reply:
         if request.op == "train":
             return self.collect.handle(request, site, lambda: self._update(request, site))
-        if request.op == "evaluate":
+        if request.op == "evaluate" and self.privacy is None:  # no guarantee covers what it tells
             return self.collect.handle(request, site, lambda: self._evaluation(request, site))
-        if request.op == "statistics":
+        if request.op == "statistics" and self.start is not None:
             return self.collect.handle(request, site, lambda: self._statistics(request, site))
         raise BadInput(f"this program knows no {request.op!r} request")
 
@@ -310,7 +321,8 @@ class Federation(Generic[S]):
 
     def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
         """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
-        if requests.op != "train" or self.collect.shows is not Sight.EACH:
+        by_example = self.privacy is not None and self.privacy.unit == "example"
+        if requests.op != "train" or self.collect.shows is not Sight.EACH or by_example:
             raise BadInput(f"{requests.op!r} requests under {self.collect} are handled one by one")
         incoming = IncomingMany(
             shared=requests.shared,
@@ -351,7 +363,7 @@ class Federation(Generic[S]):
         guard, task = self.guard, self.algorithm.task
         if guard is None:
             return round_zero.statistics(task, parameters, site, self.seed, self._plan).to_tensors()
-        private, noise = guard.moments(request.shared), guard.noise("statistics", site.id)
+        private, noise = guard.moments(request.shared), guard.noise_at(site, request.shared, "statistics")
         update = round_zero.statistics(task, parameters, site, self.seed, self._plan, private, noise)
         guard.start_leaves(site, request.shared)
         return update.to_tensors()
@@ -388,7 +400,7 @@ class Federation(Generic[S]):
         return {f"{part}_{name}": value for name, value in self.algorithm.task.objective.summarise(sums).items()}
 
     def _arriving(
-        self, fleet: Fleet, requests: Requests, state: S, tally: Tally
+        self, fleet: Fleet, requests: Requests, state: S, rule: Rule, tally: Tally
     ) -> Iterator[tuple[Sequence[PartyId], Update]]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
         together = self._plan.cohort or 1
@@ -400,15 +412,14 @@ class Federation(Generic[S]):
                 except BadTensors as error:
                     tally.absent |= dict.fromkeys(senders, f"its update is malformed: {error}")
                     continue
+                tally.arrived |= dict.fromkeys(senders, int(update.sums.get(ROWS, 1)))
                 for stage in reversed(self.stages):
                     update = stage.on_arrival(update)
-                refusal = self.aggregation.refuse(update)
+                refusal = rule.refuse(update)
                 if refusal is not None:
                     tally.absent |= dict.fromkeys(senders, refusal)
                     continue
                 tally.accept(senders, update.count)
-                if ROWS in update.sums:
-                    tally.rows[senders[0]] = int(update.sums[ROWS])
                 yield senders, update
         if tally.accepted < self.min_sites and not self._noised_total:
             raise TooFewSites(tally.shortage(requests.round, self.min_sites))

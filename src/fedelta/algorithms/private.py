@@ -5,125 +5,33 @@ release is in the ledger before anything that depends on it leaves; what is done
 other noise.
 """
 
+import hashlib
+import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any
 
-from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
+import torch
+
+from fedelta.aggregation.mean import Mean
+from fedelta.algorithms.mechanism import Entropy, Privacy, population, scheme
+from fedelta.algorithms.sampling import Sampling
 from fedelta.core.digest import digest
-from fedelta.core.errors import BudgetSpent, CannotResume, UnsoundCombination
-from fedelta.core.messages import PartyId, Plain, Tensors, Update
+from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, UnsoundCombination
+from fedelta.core.messages import PartyId, Tensors, Update
 from fedelta.core.noise import Noise, SeededNoise, SystemNoise
 from fedelta.core.program import Site
-from fedelta.core.release import Ledger, Relation, Release
+from fedelta.core.release import Ledger, Limit, Release
 from fedelta.core.seeds import Part
 from fedelta.learning.dp_sgd import PrivateSteps, number_of_steps, sampling_rate
 from fedelta.learning.private_moments import PrivateMoments
 from fedelta.learning.training import Training
 from fedelta.privacy.accounting import Account, epsilon
 from fedelta.privacy.events import gaussian
-from fedelta.privacy.guarantee import Guarantee, PrivacyState, budget
-from fedelta.privacy.population import Population, Scheme, Work
-
-Entropy = Literal["seed", "system"]
-Event = Mapping[str, Plain]
-_SCHEMES: Mapping[type, Scheme] = {All: "all", Poisson: "poisson", Fixed: "fixed", Cyclic: "cyclic"}
-
-
-class Privacy(Guarantee, Protocol):
-    """A mechanism: at what place of an update's way it works, and what an accountant has to know of it."""
-
-    @property
-    def feature_norm(self) -> float:
-        """Bound on the features of a row in round zero."""
-        ...
-
-    @property
-    def start_clip(self) -> float:
-        """Bound on what a site sends for round zero, where the unit is the site."""
-        ...
-
-    @property
-    def central(self) -> bool:
-        """Whether the coordinator adds the noise, to the sum: then it is the sum that is released."""
-        ...
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        """The numbers that an update has to have besides its values and its weight."""
-        ...
-
-    def check(self, scheme: Scheme) -> None:
-        """Raise UnsoundCombination if it does not hold where sites are chosen like this."""
-        ...
-
-    def relation(self, scheme: Scheme) -> Relation:
-        """Which data sets its guarantee is about, where the sites of a round are chosen like this."""
-        ...
-
-    def begin(self, population: Population, size: int, before: Sequence[Release], start: bool) -> PrivacyState:
-        """The state before the first round, with noise for all rounds of updates of `size` numbers.
-
-        `before` are releases that count already, `start` says whether there is a round zero. Raises BadInput where no
-        noise keeps the budget, UnsoundCombination for a population that the mechanism has no account of.
-        """
-        ...
-
-    def shared(self, state: PrivacyState) -> Tensors:
-        """What sites are told, under names that begin with privacy/."""
-        ...
-
-    def steps(self, work: Work, told: Tensors) -> tuple[float, float] | None:
-        """Clip and noise multiplier of every step of a site's training; None: it trains as it would."""
-        ...
-
-    def start_noise(self, told: Tensors) -> float:
-        """The noise multiplier of round zero."""
-        ...
-
-    def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
-        """The update as it may leave."""
-        ...
-
-    def on_total(
-        self, total: Update, state: PrivacyState, population: Population, noise: Noise
-    ) -> tuple[Update, PrivacyState]:
-        """The aggregate as it may be used, from the mean of what arrived; and the next round's state."""
-        ...
-
-    def event_at_site(self, work: Work, told: Tensors) -> Event:
-        """What a site that takes part lets out."""
-        ...
-
-    def event(self, state: PrivacyState, population: Population, round: int, again: bool) -> Event:
-        """What a round lets out of all sites together, where the mechanism is central.
-
-        `again`: something was taken down for this round before, so that it is not the first time.
-        """
-        ...
-
-
-def scheme(sampling: Sampling) -> Scheme:
-    """Raises UnsoundCombination for a sampling of which no account is known."""
-    for kind, name in _SCHEMES.items():
-        if isinstance(sampling, kind):
-            return name
-    raise UnsoundCombination(f"no account of privacy knows {sampling}; use All(), Poisson(), Fixed() or Cyclic()")
-
-
-def population(sampling: Sampling, sites: int, rounds: int) -> Population:
-    """Raises UnsoundCombination as `scheme` does."""
-    share = 1.0
-    match sampling:
-        case Poisson():
-            share = sampling.rate
-        case Fixed():
-            share = sampling.size / sites
-        case Cyclic():
-            share = 1 / sampling.groups
-    return Population(sites=sites, rounds=rounds, scheme=scheme(sampling), share=share)
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, budget
+from fedelta.privacy.population import Population, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +55,7 @@ class Guard:
     job: str
     sampling: Sampling
     training: Training
+    start: bool  # whether there is a round zero
 
     def begin(
         self, state: PrivacyState, parties: Sequence[PartyId], size: int, rounds: int, start: bool
@@ -157,7 +66,8 @@ class Guard:
             who = population(self.sampling, len(parties), rounds)
             begun = self.privacy.begin(who, size, recorded, start)
             names = digest(list(parties))
-            begun = replace(begun, sites=who.sites, names=names, rounds=rounds, recorded=len(recorded))
+            prefix = self._prefix(recorded)
+            begun = replace(begun, sites=who.sites, names=names, rounds=rounds, recorded=len(recorded), prefix=prefix)
             self._check_accountant(begun, parties[0])
             return begun
         if (len(parties), digest(list(parties))) != (state.sites, state.names):
@@ -165,9 +75,9 @@ class Guard:
                 f"the guarantee was made for {state.sites} registered sites, and these {len(parties)} are others; "
                 "begin anew"
             )
-        if len(recorded) < state.recorded:
+        if len(recorded) < state.recorded or self._prefix(recorded[: state.recorded]) != state.prefix:
             raise CannotResume(
-                f"the ledger has {len(recorded)} releases, and this run goes on after {state.recorded}; give the "
+                f"the ledger does not begin with the {state.recorded} releases after which this run goes on; give the "
                 "ledger that it was started with"
             )
         return state
@@ -195,19 +105,36 @@ class Guard:
         `rows` are those of the sites that answered, as far as that number is public. Raises BudgetSpent, and gives
         nothing away, if another run has spent what was left. What sites have let out by then is in the ledger.
         """
-        if self.privacy.central:
-            found = [self._of_round(state, round)]
-        else:
-            found = [self._of_site(party, self._work(own), told, round) for party, own in rows.items()]
         noise = self.noise("total", round, self.times(round))
-        self._take_down(found, round)
+        found = [self._of_round(state, round)] if self.privacy.central else self.sent(rows, told, round)
+        if self.privacy.central:
+            self.ledger.record(*found, within=self._limit)
+        self._check_budget(round)
         total, state = self.privacy.on_total(total, state, self.population(state), noise)
-        return total, replace(state, recorded=len(self.ledger.releases())), found
+        recorded = self.ledger.releases()
+        return total, replace(state, recorded=len(recorded), prefix=self._prefix(recorded)), found
+
+    def sent(self, rows: Mapping[PartyId, int], told: Tensors, round: int) -> Sequence[Release]:
+        """What sites have let out that have answered, where they add the noise: recorded, whether it is used or not."""
+        if self.privacy.central:
+            return ()
+        found = [self._of_site(party, self._work(own), told, round) for party, own in rows.items()]
+        self.ledger.record(*found)
+        return found
+
+    def mean(self, state: PrivacyState) -> Mean:
+        """How deltas become a sum that is to be noised: on a grid that does not depend on who was asked."""
+        return Mean(bound=max(state.norm, 2.0**-100), weight_bound=1.0)
 
     def training_at(self, site: Site, told: Tensors, round: int) -> tuple[PrivateSteps, Noise] | None:
-        """How a site has to train, and with which noise; None: as it would."""
-        found = self.privacy.steps(self._work(len(site.data().train)), told)
-        return found and (PrivateSteps(clip=found[0], noise=found[1]), self.noise("steps", round, site.id))
+        """How a site has to train, and with which noise; None: as it would.
+
+        Raises BadInput for a request that does not go with the guarantee, BudgetSpent for one beyond it.
+        """
+        work = self._work(len(site.data().train))
+        self._check_request(work, told, round)
+        found = self.privacy.steps(work, told)
+        return found and (PrivateSteps(clip=found[0], noise=found[1]), self.noise_at(site, told, "steps", round))
 
     def leaving(self, update: Update, site: Site, told: Tensors, round: int) -> Update:
         """The update as it may leave a site, whose own ledger has it then.
@@ -216,13 +143,21 @@ class Guard:
         """
         data = site.data()
         work = self._work(len(data.train))
-        update = self.privacy.on_site(update, work, told, self.noise("update", round, site.id))
+        update = self.privacy.on_site(update, work, told, self.noise_at(site, told, "update", round))
         if data.ledger is not None:
             data.ledger.record(self._of_site(site.id, work, told, round))
         return update
 
     def noise(self, *path: Part) -> Noise:
-        return SystemNoise() if self.entropy == "system" else SeededNoise(self.seed, "privacy", *path)
+        return SystemNoise() if self.entropy == "system" else SeededNoise(self.seed, "privacy", self.job, *path)
+
+    def noise_at(self, site: Site, told: Tensors, *path: Part) -> Noise:
+        """That of a site: where it is seeded, another one for every message that it may be the answer to.
+
+        Two answers with the same noise would tell how they differ.
+        """
+        seen = "" if self.entropy == "system" else self._content(told)
+        return self.noise(site.id, seen, *path)
 
     def spent(self) -> float:
         """Epsilon at the guarantee's delta of all that is in the ledger, for the site that has the largest."""
@@ -262,7 +197,8 @@ class Guard:
     def moments(self, told: Tensors) -> PrivateMoments:
         """How the sums of round zero are made private."""
         privacy = self.privacy
-        distance = 2.0 if scheme(self.sampling) == "fixed" else 1.0  # where a site is replaced, and not left out
+        replaced = privacy.unit == "site" and scheme(self.sampling) == "fixed"  # and not left out
+        distance = 2.0 if replaced else 1.0
         return PrivateMoments(
             noise=privacy.start_noise(told) * distance,
             unit=privacy.unit,
@@ -272,8 +208,10 @@ class Guard:
 
     def started(self, answered: Sequence[PartyId], told: Tensors) -> Sequence[Release]:
         """What round zero lets out: it is in the ledger. Raises BudgetSpent as `released`."""
-        found = [self._of_start(told, None)] if self.privacy.central else [self._of_start(told, to) for to in answered]
-        self._take_down(found, 0)
+        central = self.privacy.central
+        found = [self._of_start(told, None)] if central else [self._of_start(told, to) for to in answered]
+        self.ledger.record(*found, within=self._limit if central else None)
+        self._check_budget(0)
         return found
 
     def start_leaves(self, site: Site, told: Tensors) -> None:
@@ -292,6 +230,8 @@ class Guard:
         )
 
     def _work(self, rows: int) -> Work:
+        if rows < 1:
+            raise BadInput("this site has no training examples")
         return Work(rows=rows, rate=sampling_rate(rows, self.training), steps=number_of_steps(rows, self.training))
 
     def _epsilon(self, releases: Sequence[Release], of: PartyId | None = None) -> float:
@@ -311,16 +251,59 @@ class Guard:
         account.add(self.ledger.releases()[account.recorded :])
         return account.fits(releases)
 
-    def _take_down(self, releases: Sequence[Release], round: int) -> None:
-        """Record what a round lets out. What sites have sent is out, and is recorded even if it will not be used."""
-        if self.privacy.central:
-            self._check_budget(releases, round)
-        self.ledger.record(*releases)
-        self._check_budget([], round)
-
-    def _check_budget(self, releases: Sequence[Release], round: int) -> None:
+    @property
+    def _limit(self) -> Limit | None:
+        """For the ledger, which looks and records in one go: runs may share it."""
         limit = budget(self.privacy)
-        if limit is not None and not self._affords(releases):
+        return None if limit is None else Limit(budget=limit, unit=self.privacy.unit)
+
+    def _check_request(self, work: Work, told: Tensors, round: int) -> None:
+        """A site's own look at what it is told, which need not be true: whether this round is within its guarantee.
+
+        That each round is asked for once, only its own ledger can say.
+        """
+        privacy, limit = self.privacy, budget(self.privacy)
+        if privacy.central:
+            return
+        if privacy.noise is None and not 1 <= round <= int(told[ROUNDS]):
+            raise BadInput(f"it is asked for round {round}, with noise for {int(told[ROUNDS])} rounds")
+        if privacy.noise is not None and limit is not None:
+            before = [self._of_start(told, "")] if self.start else []
+            if not Account(budget=limit, unit=privacy.unit).fits(
+                [*before, *[self._of_site("", work, told, round)] * round]
+            ):
+                raise BudgetSpent(f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}")
+
+    def _content(self, told: Tensors) -> str:
+        """A digest of a message, remembered for the sites that get the same."""
+        last = self._last
+        if last.get("told") is not told:
+            hasher = hashlib.blake2b(digest_size=16)
+            for name, tensor in sorted(told.items()):
+                hasher.update(name.encode())
+                hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            last |= {"told": told, "content": hasher.hexdigest()}
+        return str(last["content"])
+
+    def _prefix(self, releases: Sequence[Release]) -> str:
+        """A digest of releases in their order, which goes on from the one that was asked for the last time."""
+        count, found = self._last.get("prefix", (0, ""))
+        if count > len(releases):
+            count, found = 0, ""
+        for release in releases[count:]:
+            plain = [getattr(release, field.name) for field in fields(Release)]
+            found = hashlib.blake2b((found + json.dumps(plain, sort_keys=True)).encode(), digest_size=16).hexdigest()
+        self._last["prefix"] = (len(releases), found)
+        return str(found)
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        """What was computed the last time."""
+        return {}
+
+    def _check_budget(self, round: int) -> None:
+        limit = budget(self.privacy)
+        if limit is not None and not self._affords([]):
             raise BudgetSpent(
                 f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}, so that nothing of it "
                 "is used; raise the limit, or add more noise"

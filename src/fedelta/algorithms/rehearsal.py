@@ -88,7 +88,7 @@ class _Site:
         own = replace(task, features=None)  # and nothing is written
         # Any noise will do, where that of the run is solved from the number of rows, of which there are few here.
         given: Any = federation.privacy
-        privacy = None if given is None else replace(given, noise=1.0)
+        privacy = None if given is None else replace(given, noise=1.0, epsilon=None)
         self._federation = replace(federation, algorithm=swapped(federation.algorithm, task, own), privacy=privacy)
         self._requests, self._name, self._data = requests, name, replace(data, ledger=None)
         self._buffers: deque[bytes] = deque(maxlen=4)  # the messages of two rounds

@@ -7,8 +7,8 @@ from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms import round_zero
 from fedelta.algorithms.algorithm import Algorithm
+from fedelta.algorithms.mechanism import Privacy, scheme
 from fedelta.algorithms.parts import Collect, Encoding, Float32, Stage
-from fedelta.algorithms.private import Privacy, scheme
 from fedelta.algorithms.sampling import Fixed, Sampling
 from fedelta.algorithms.stopping import Stop
 from fedelta.core.errors import BadInput, UnsoundCombination

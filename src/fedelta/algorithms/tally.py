@@ -9,6 +9,8 @@ from fedelta.core.messages import PartyId, Replies, Reply, Requests, Tensors
 from fedelta.core.program import Report
 from fedelta.core.release import Release
 
+_NOT_TOLD = "it gave nothing that could be used; no guarantee covers why, so that is not told"
+
 
 @dataclass(kw_only=True)
 class Tally:
@@ -21,7 +23,10 @@ class Tally:
     unmeasured: dict[PartyId, str] = field(default_factory=dict)
     per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
     aggregation_errors: Mapping[str, float] | None = None
-    rows: dict[PartyId, int] = field(default_factory=dict)  # of sites whose numbers of rows are public
+    # Sites whose update came, whether it can be used or not, with their rows where that number is public.
+    arrived: dict[PartyId, int] = field(default_factory=dict)
+    registered: int = 0
+    told: bool = True  # whether reports may say why a site is absent: its reason is data like any other
     releases: Sequence[Release] = ()
     bytes_down: int = 0
     bytes_up: int = 0
@@ -56,7 +61,7 @@ class Tally:
             metrics=metrics,
             cohort=self.cohort,
             per_site=self.per_site,
-            absent=self.absent,
+            absent=self._absent(),
             unmeasured=self.unmeasured,
             aggregation_errors=self.aggregation_errors,
             releases=self.releases,
@@ -66,8 +71,11 @@ class Tally:
             stop=stop,
         )
 
+    def _absent(self) -> Mapping[PartyId, str]:
+        return self.absent if self.told else dict.fromkeys(self.absent, _NOT_TOLD)
+
     def shortage(self, round: int, needed: int) -> str:
-        reasons = [f"{site}: {reason}" for site, reason in sorted(self.absent.items())]
+        reasons = [f"{site}: {reason}" for site, reason in sorted(self._absent().items())]
         shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
         return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"
 

@@ -28,6 +28,7 @@ from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi
 from fedelta.algorithms.fedprox import FedProx
+from fedelta.algorithms.mechanism import Entropy
 from fedelta.algorithms.sampling import All, Fixed, Poisson, Sampling
 from fedelta.cli.experiment import Sites
 from fedelta.cli.finetune_data import Continued, Images, Masked, Numbers, Reading, Recordings, Texts, Words
@@ -145,6 +146,7 @@ class FineTuning:
     per_round: int | None = None
     sample_rate: float | None = None
     privacy: Asked = Asked()
+    entropy: Entropy = "system"
     seed: int = 0
 
     def run(self, settings: RunSettings) -> None:
@@ -175,6 +177,7 @@ class FineTuning:
             rounds=self.rounds,
             start=None if isinstance(privacy, LocalDP) else self._start(task, next(iter(data.sites.values()))[:8]),
             privacy=privacy,
+            entropy=self.entropy,
             sampling=self._sampling(len(data.sites)),
             seed=self.seed,
             test=None if algorithm.personal else data.test,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedelta.algorithms.private import Privacy, scheme
+from fedelta.algorithms.mechanism import Privacy, scheme
 from fedelta.core.program import Sight
 from fedelta.core.release import Relation
 from fedelta.privacy.clipping import AdaptiveClip

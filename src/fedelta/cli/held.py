@@ -16,12 +16,14 @@ from fedelta.data.overview import Overview, overview
 from fedelta.learning.objectives import Classification
 from fedelta.observe.page import Plot, Section
 
+_NOT_TOLD = "not told"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """A digest of each site's data for the manifest (None: it has none to train on), and labels if there are classes.
 
-    `overview` is None where there are none.
+    Under a guarantee neither is told: no noise covers them. `overview` is None where there are no labels.
     """
 
     classes: tuple[str, ...]
@@ -46,11 +48,11 @@ class Held:
                         f"{name} has no data to train on: {error}", style="yellow", markup=False, soft_wrap=True
                     )
                     continue
-                held.digests[name] = digest(
-                    [part.digest() for part in (data.train, data.validation) if part is not None]
-                )
+                told = federation.privacy is None
+                parts = [part.digest() for part in (data.train, data.validation) if part is not None and told]
+                held.digests[name] = digest(parts) if told else _NOT_TOLD
                 held.rows[name] = len(data.train)
-                if held.classes:
+                if held.classes and told:
                     held.labels[name] = data.train.targets.numpy()
         return held
 

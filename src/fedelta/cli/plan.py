@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedelta.algorithms.forecast import Forecast, Link, RoundForecast, Tier
 from fedelta.algorithms.forecasting import forecast
-from fedelta.algorithms.private import scheme
+from fedelta.algorithms.mechanism import scheme
 from fedelta.cli import guarantees
 from fedelta.cli.experiment import opened
 from fedelta.core.program import Sight

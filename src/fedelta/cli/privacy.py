@@ -10,7 +10,8 @@ import click
 from fedelta.core.errors import BadInput, BadLedger
 
 if TYPE_CHECKING:
-    from fedelta.algorithms.private import Privacy, Prospect
+    from fedelta.algorithms.mechanism import Privacy
+    from fedelta.algorithms.private import Guard, Prospect
     from fedelta.core.release import Ledger
 
 Command = Callable[..., Any]
@@ -58,7 +59,15 @@ _OPTIONS = (
         metavar="Q",
         help="Ask each site with this probability in a round, instead of --per-round; with --unit site it amplifies.",
     ),
+    click.option(
+        "--entropy",
+        type=click.Choice(["system", "seed"]),
+        show_default="system",
+        help="Where noise comes from. system: from the operating system; seed: from --seed, so that the run can be "
+        "repeated, and whoever knows the seed can take the noise away.",
+    ),
 )
+SIMULATED = "in a simulation: noise follows from the seed, and whoever knows it can take it away"
 
 
 def privacy_options(command: Command) -> Command:
@@ -70,7 +79,7 @@ def privacy_options(command: Command) -> Command:
 def refusals(options: dict[str, Any]) -> list[tuple[bool, str]]:
     """What may be wrong with the options, and the sentence that says so."""
     asked = options["epsilon"] is not None or options["noise"] is not None
-    given = {name for name in ("delta", "unit", "clip", "ledger") if options[name] is not None}
+    given = {name for name in ("delta", "unit", "clip", "ledger", "entropy") if options[name] is not None}
     return [
         (
             bool(given) and not asked,
@@ -137,20 +146,21 @@ def key_of(ledger: Path) -> Path:
     return ledger.with_suffix(".key")
 
 
-def described(privacy: "Privacy", multipliers: Sequence[float], prospect: "Prospect | None", rounds: int) -> str:
-    """One line that says what a run protects.
+def described(guard: "Guard", multipliers: Sequence[float], prospect: "Prospect | None", rounds: int) -> str:
+    """What a run protects, in a line or two.
 
     `multipliers` are the noise multipliers of its sites, `prospect` is that of the site which gets least out of the
     budget; None: the run has begun.
     """
     from fedelta.cli.guarantees import amount, protected
 
+    privacy = guard.privacy
     low, high = (f"{choose(multipliers):.3g}" for choose in (min, max))
     noise = f"noise multiplier {low}" if low == high else f"noise multiplier {low} to {high} by site"
     whom = "whoever sees the models" if privacy.central else "the coordinator and whoever sees the models"
     line = f"Privacy: {protected(privacy)} is protected from {whom}; {amount(privacy)}, {noise}"
-    if prospect is None:
-        return f"{line}."
-    if prospect.rounds < rounds:
-        return f"{line}, with which it lasts for {prospect.rounds:,} of {rounds:,} rounds."
-    return f"{line}." if privacy.epsilon is not None else f"{line}: epsilon will be {prospect.epsilon:.4g}."
+    if prospect is not None and prospect.rounds < rounds:
+        line += f", with which it lasts for {prospect.rounds:,} of {rounds:,} rounds"
+    elif prospect is not None and privacy.epsilon is None:
+        line += f": epsilon will be {prospect.epsilon:.4g}"
+    return f"{line}." if guard.entropy == "system" else f"{line}.\nThis is so {SIMULATED}."

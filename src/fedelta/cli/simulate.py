@@ -18,7 +18,7 @@ from fedelta.cli.experiment import Sites
 from fedelta.cli.guarantees import amount
 from fedelta.cli.held import Held
 from fedelta.cli.options import RunSettings
-from fedelta.cli.privacy import described, ledger_in
+from fedelta.cli.privacy import SIMULATED, described, ledger_in
 from fedelta.cli.releases import privacy_sections
 from fedelta.core import codec
 from fedelta.core.digest import digest
@@ -121,7 +121,7 @@ class Simulation:
             raise BudgetSpent(
                 f"not one round fits into {amount(guard.privacy)}{already}; give a larger epsilon, or more noise"
             )
-        return state, described(guard.privacy, multipliers, prospect, federation.rounds)
+        return state, described(guard, multipliers, prospect, federation.rounds)
 
     def _plan(self, console: Console) -> Plan:
         """The plan with all that it leaves open chosen, or as it was in the run to be continued."""
@@ -319,7 +319,8 @@ class Simulation:
             return "not bounded: no noise was accounted for"
         assert self.federation.guard is not None
         spent = self.federation.guard.spent()
-        return f"{privacy.unit}-level differential privacy, epsilon {spent:.4g} at delta {privacy.delta:g}"
+        text = f"{privacy.unit}-level differential privacy, epsilon {spent:.4g} at delta {privacy.delta:g}"
+        return text if self.federation.entropy == "system" else f"{text}, {SIMULATED}"
 
 
 def _counted(examples: Examples) -> int:

@@ -22,11 +22,10 @@ from fedelta.core.noise import Noise
 from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm
 from fedelta.privacy.events import Event, no_op, steps
-from fedelta.privacy.guarantee import PrivacyState, check, solved, start_multiplier
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved, start_multiplier
 from fedelta.privacy.population import Population, Scheme, Work
 
-ROUNDS = "privacy/rounds"  # in the broadcast: for how many rounds a site's noise has to do,
-START = "privacy/start"  # and whether there is a round zero besides
+START = "privacy/start"  # in the broadcast: whether there is a round zero besides
 ROWS = "privacy/rows"  # the number of an update that says of how many rows it is
 
 

@@ -11,6 +11,8 @@ from fedelta.privacy.accounting import epsilon, noise_multiplier
 from fedelta.privacy.events import Event, gaussian
 from fedelta.privacy.matrix_noise import NoiseState
 
+ROUNDS = "privacy/rounds"  # in the broadcast, where sites add the noise: for how many rounds it has to do
+
 
 class Guarantee(Protocol):
     """The settings that every guarantee has; exactly one of `epsilon` and `noise` may be left out."""
@@ -74,6 +76,7 @@ class PrivacyState:
     start_noise: float = 0.0  # its multiplier
     norm: float = 0.0  # the present L2 bound
     recorded: int = 0  # releases in the ledger when this state was made
+    prefix: str = ""  # a digest of them
     correlated: NoiseState | None = None  # of earlier rounds, where noise is correlated with theirs
 
 

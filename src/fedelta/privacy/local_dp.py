@@ -20,10 +20,8 @@ from fedelta.core.noise import Noise
 from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm, clipped
 from fedelta.privacy.events import Event, gaussian, no_op
-from fedelta.privacy.guarantee import PrivacyState, check, solved
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved
 from fedelta.privacy.population import Population, Scheme, Work
-
-ROUNDS = "privacy/rounds"  # in the broadcast: for how many rounds a site's noise has to do
 
 
 @dataclass(frozen=True, kw_only=True)
