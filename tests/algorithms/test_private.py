@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +401,7 @@ def test_many_sites_at_once_is_no_way_round_the_guarantee() -> None:
     program = federation(ExampleLevel(clip=1.0, noise=1.0))
     requests = Requests(to=SITES[:2], op="train", round=1, shared={"parameters": program.init().algorithm.vector})
     with pytest.raises(BadInput, match="one by one"):
-        program.handle_many(requests, [Site(id=name, data=lambda: SiteData(train=site("site-00"))) for name in SITES[:2]])
+        program.handle_many(requests, [Site(id=name, data=partial(SiteData, train=site(name))) for name in SITES[:2]])
 
 
 # The closed-form start
