@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.simulation.with_fedelta import _federation
 from benchmarks.simulation.workloads import data, find
-
 from fedelta import Examples, Local, Plan, run
 from fedelta.algorithms import algorithm
 from fedelta.observe.folder import RunFolder
