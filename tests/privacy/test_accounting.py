@@ -15,7 +15,7 @@ from scipy.stats import norm
 from fedelta.core.errors import BadInput, BudgetSpent, UnsoundCombination
 from fedelta.core.messages import PartyId
 from fedelta.core.release import Budget, Relation, Release, Unit
-from fedelta.privacy.accounting import Account, epsilon, fits, noise_multiplier
+from fedelta.privacy.accounting import Account, epsilon, noise_multiplier
 from fedelta.privacy.events import Event, gaussian, poisson_gaussian, steps, without_replacement_gaussian
 
 NON_PRIVATE: Event = {"non_private": {}}
@@ -284,7 +284,7 @@ def test_fits_agrees_with_epsilon(rounds: list[tuple[float, float, str | None]],
     for rate, noise, site in rounds:
         new = release(poisson_gaussian(rate, noise), of=site)
         within = epsilon([*done, new], delta=1e-5, accountant="rdp", unit="example") <= limit
-        assert account.fits([new]) == fits(done, [new], budget, "example") == within
+        assert account.fits([new]) == Account(budget=budget, unit="example", releases=done).fits([new]) == within
         account.add([new])
         done.append(new)
     assert account.epsilon() == pytest.approx(epsilon(done, delta=1e-5, accountant="rdp", unit="example"), rel=1e-9)
@@ -322,7 +322,8 @@ def test_noise_is_the_least_that_keeps_the_budget(event, relation: Relation, acc
         return epsilon(done, delta=1e-5, accountant=budget.accountant, unit="example")
 
     assert total(noise) <= 1.5 < total(noise * (1 - 3e-3))
-    assert fits(before, [release(event(noise), relation)] * 30, budget, "example")
+    account = Account(budget=budget, unit="example", releases=before)
+    assert account.fits([release(event(noise), relation)] * 30)
 
 
 def test_noise_that_cannot_be_found() -> None:

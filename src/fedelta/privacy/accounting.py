@@ -107,14 +107,6 @@ def noise_multiplier(
     return found
 
 
-def fits(releases: Iterable[Release], more: Iterable[Release], budget: Budget, unit: Unit) -> bool:
-    """Whether recording `more` after `releases` keeps the budget, for every site.
-
-    Quick if it is asked in every round (see `Account`), but for going through `releases`.
-    """
-    return Account(budget=budget, unit=unit, releases=releases).fits(more)
-
-
 class Account:
     """What has been released under a budget, and whether more still fits: for every unit, or for those of one site.
 
