@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fedelta.algorithms.stopping import Converged as Converged
     from fedelta.algorithms.stopping import Target as Target
     from fedelta.core.examples import Examples as Examples
+    from fedelta.core.keys import new_key as new_key
     from fedelta.core.parameters import Parameters as Parameters
     from fedelta.core.program import SiteData as SiteData
     from fedelta.core.program import run as run
@@ -96,12 +97,13 @@ if TYPE_CHECKING:
     from fedelta.learning.vision import Vision as Vision
     from fedelta.privacy.clipping import AdaptiveClip as AdaptiveClip
     from fedelta.privacy.example_level import ExampleLevel as ExampleLevel
-    from fedelta.privacy.keys import new_key as new_key
     from fedelta.privacy.ledger import FileLedger as FileLedger
     from fedelta.privacy.ledger import MemoryLedger as MemoryLedger
     from fedelta.privacy.ledger import verify as verify
     from fedelta.privacy.local_dp import LocalDP as LocalDP
     from fedelta.privacy.site_level import SiteLevel as SiteLevel
+    from fedelta.secure.aggregation import SecureAggregation as SecureAggregation
+    from fedelta.secure.aggregation import identities as identities
 
 __version__ = "0.1.0"
 
@@ -130,6 +132,7 @@ _HOME = {
     "algorithms.sampling": ["All", "Cyclic", "Fixed", "Poisson"],
     "algorithms.stopping": ["Converged", "Target"],
     "core.examples": ["Examples"],
+    "core.keys": ["new_key"],
     "core.parameters": ["Parameters"],
     "core.program": ["SiteData", "run"],
     "core.release": ["Budget", "Limit"],
@@ -162,10 +165,10 @@ _HOME = {
     "learning.vision": ["Vision"],
     "privacy.clipping": ["AdaptiveClip"],
     "privacy.example_level": ["ExampleLevel"],
-    "privacy.keys": ["new_key"],
     "privacy.ledger": ["FileLedger", "MemoryLedger", "verify"],
     "privacy.local_dp": ["LocalDP"],
     "privacy.site_level": ["SiteLevel"],
+    "secure.aggregation": ["SecureAggregation", "identities"],
 }
 _MODULE_OF = {name: f"fedelta.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -20,6 +20,7 @@ from fedelta.algorithms.stopping import Best, Converged, Target
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
+from fedelta.core.grid import Terms
 from fedelta.core.messages import Request, Requests, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Report, Sight, Site, SiteData, run
@@ -32,6 +33,7 @@ from fedelta.learning.optimizers import SGD, AdamW
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, proximal_term, train
+from fedelta.secure.aggregation import SecureAggregation
 from small_task import plain_task, site_data, task
 
 TRAINING = Training(optimizer=SGD(lr=0.1, momentum=0.5), batch=4)
@@ -434,11 +436,11 @@ def test_an_interrupted_round_leaves_nothing_outstanding(together: int) -> None:
     program = federation(rounds=1, algorithm=FedAvg(task=plain_task(), training=TRAINING))
     fleet = Local(program, DATA.__getitem__, list(DATA))
     requests = Requests(to=list(DATA), op="train", round=1, shared=start_of(program))
-    replies = Clear().gather(fleet, requests, together)
+    replies = Clear().gather(fleet, requests, together, Terms())
     next(replies)
     replies.close()  # type: ignore[attr-defined]
     assert fleet.next_reply() is None
-    assert len(list(Clear().gather(fleet, requests, together))) == -(-len(DATA) // together)
+    assert len(list(Clear().gather(fleet, requests, together, Terms()))) == -(-len(DATA) // together)
 
 
 def start_of(program: Federation[Any]) -> dict[str, Tensor]:
@@ -480,7 +482,7 @@ def test_unsound_combinations_are_refused_at_construction() -> None:
             raise NotImplementedError
 
     with pytest.raises(UnsoundCombination, match="reveals only their sum; use Clear"):
-        federation(rule=Compares(), collect=Clear(shows=Sight.SUM))
+        federation(rule=Compares(), collect=SecureAggregation())
     for changes in ({"rounds": -1}, {"min_sites": 0}, {"evaluate_every": 0}):
         with pytest.raises(BadInput, match="must be >="):
             federation(**changes)
@@ -545,7 +547,7 @@ def test_the_error_of_averaging_factors_is_reported_in_rounds_that_are_evaluated
 def test_without_factors_there_is_no_error_and_without_sight_it_is_not_observable() -> None:
     _, (report, *_) = run_all(federation(rounds=1))
     assert report.aggregation_errors is None
-    program = federation(FedAvg(task=adapted_task(), training=TRAINING), rounds=1, collect=Clear(shows=Sight.SUM))
+    program = federation(FedAvg(task=adapted_task(), training=TRAINING), rounds=1, collect=SecureAggregation())
     _, (report, *_) = run_all(program)
     assert report.aggregation_errors == {}
     assert "aggregation_error" not in report.metrics

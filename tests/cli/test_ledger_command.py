@@ -10,10 +10,10 @@ import pytest
 
 from fedelta.cli.main import main
 from fedelta.cli.releases import event_text
+from fedelta.core.keys import new_key
 from fedelta.core.release import Release
 from fedelta.privacy.accounting import epsilon
 from fedelta.privacy.events import from_plain, gaussian, no_op, steps, without_replacement_gaussian
-from fedelta.privacy.keys import new_key
 from fedelta.privacy.ledger import FileLedger
 
 

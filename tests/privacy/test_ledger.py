@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 
 from fedelta.core.children import started_quietly
 from fedelta.core.errors import BadInput, BadLedger, BudgetSpent, FedeltaError
+from fedelta.core.keys import new_key, private_key, public_key
 from fedelta.core.release import Budget, Ledger, Limit, Release
 from fedelta.privacy.accounting import epsilon
 from fedelta.privacy.events import gaussian, poisson_gaussian, steps, without_replacement_gaussian
-from fedelta.privacy.keys import new_key, private_key, public_key
 from fedelta.privacy.ledger import FileLedger, MemoryLedger, verify
 
 FORMAT = b"fedelta privacy ledger 1\n"

@@ -9,31 +9,22 @@ accumulators, not means: a mean of means is rounded in between.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fedelta.core.errors import BadInput, TooFewSites
+from fedelta.core.grid import Terms, add_products, divide, magnitude
 from fedelta.core.messages import Kind, Update, Updates
 from fedelta.core.parameters import Entry, Layout, Parameters
 from fedelta.core.program import Sight
 
-_SUM_BITS = 62  # of the largest possible |sum|: one bit less than int64 holds, as 2**63 itself would wrap
 _INTEGER_BOUND = 2.0**24  # on entries that are integers in the module; float32 holds them exactly up to here
 _NUMBER_BOUND = 2.0**512  # on `Update.sums`, so that their total is finite
-_LIMITS = (2.0**-100, 2.0**100)  # of both bounds, so that no scale overflows float64
-_CHUNK = 2**18  # elements: buffers of 2 MB, which stay in the last cache
-_SMALL = 2.0**51
-_SHIFT = 1.5 * 2.0**52
-_SHIFT_BITS = 0x4338_0000_0000_0000  # of _SHIFT as a float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +48,15 @@ class Mean:
     weight_bound: float = 2.0**20
 
     def __post_init__(self) -> None:
-        for name, value in (("bound", self.bound), ("weight_bound", self.weight_bound)):
-            if not _LIMITS[0] <= value <= _LIMITS[1]:
-                raise BadInput(f"Mean.{name} must be from 2**-100 to 2**100, got {value}")
+        try:
+            _ = self.terms
+        except BadInput as error:
+            raise BadInput(f"Mean.{error}") from None
+
+    @property
+    def terms(self) -> Terms:
+        """Its bounds, for whoever adds updates in its place."""
+        return Terms(bound=self.bound, weight_bound=self.weight_bound)
 
     def refuse(self, update: Update) -> str | None:
         """Why this update cannot be taken: a number that is not finite, or one beyond its bound."""
@@ -80,8 +77,8 @@ class Mean:
         """The rows of `updates` that `refuse` refuses, with the reason."""
         numbers = torch.stack([updates.weights, *updates.sums.values()])
         good = torch.tensor([self.weight_bound, *[_NUMBER_BOUND] * len(updates.sums)], dtype=torch.float64)[:, None]
-        magnitude = _magnitude(updates.values) if updates.magnitude is None else updates.magnitude
-        if magnitude <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
+        largest = magnitude(updates.values) if updates.magnitude is None else updates.magnitude
+        if largest <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
             return {}  # the usual case, and at most one pass over the values
         reasons = ((row, self.refuse(update)) for row, update in enumerate(updates))
         return {row: reason for row, reason in reasons if reason is not None}
@@ -117,8 +114,8 @@ class Mean:
 
     def _examine(self, update: Update) -> tuple[str | None, float]:
         """Why `update` is refused, if it is; and its largest |value|."""
-        magnitude = _magnitude(update.values.vector)
-        return self._numbers(update) or self._values(update.values, magnitude), magnitude
+        largest = magnitude(update.values.vector)
+        return self._numbers(update) or self._values(update.values, largest), largest
 
     def _numbers(self, update: Update) -> str | None:
         limit = update.count * self.weight_bound
@@ -131,14 +128,14 @@ class Mean:
                 return f"sum {name!r} is {number}, which is not a number that can be added"
         return None
 
-    def _values(self, values: Parameters, magnitude: float) -> str | None:
-        if magnitude <= self.bound:
+    def _values(self, values: Parameters, largest: float) -> str | None:
+        if largest <= self.bound:
             return None
         for entry in values.layout.entries:
-            bound, largest = self._bound(entry), _magnitude(values[entry.name])
-            if not largest <= bound:
+            bound, found = self._bound(entry), magnitude(values[entry.name])
+            if not found <= bound:
                 return (
-                    f"{entry.name!r} holds {largest}, and |value| has to be at most {bound:g}; "
+                    f"{entry.name!r} holds {found}, and |value| has to be at most {bound:g}; "
                     "lower the learning rate, clip, or raise Mean.bound"
                 )
         return None
@@ -147,8 +144,7 @@ class Mean:
         return self.bound if entry.dtype.is_floating_point else max(self.bound, _INTEGER_BOUND)
 
     def _exponent(self, bound: float, cohort: int) -> int:
-        """Binary digits behind the point: 2**exponent is the largest scale with which no sum over a cohort can wrap."""
-        return _SUM_BITS - _ceil_log2(cohort) - _ceil_log2(bound) - _ceil_log2(self.weight_bound)
+        return replace(self.terms, bound=bound).exponent(cohort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +192,13 @@ class Accumulator:
 
     def add(self, update: Update) -> None:
         """Add one update. Raises BadInput, and adds nothing, if it cannot be added."""
-        refusal, magnitude = self.mean._examine(update)
+        refusal, largest = self.mean._examine(update)
         if refusal is not None:
             raise BadInput(refusal)
         form, vector = _Form.of(update), update.values.vector
         grid = self._grid(form, update.count)
         for where, exponent in self.mean.segments(form.layout, self.cohort):
-            scale = math.ldexp(update.weight, exponent)
-            small = magnitude * scale <= _SMALL
-            _spread(partial(_add_products, grid[where], vector[where], scale, small), len(grid[where]))
+            add_products(grid[where].numpy(), vector[where], math.ldexp(update.weight, exponent), largest)
         sums = {name: Fraction(number) for name, number in update.sums.items()}
         self._note(_Sum(form, grid, Fraction(update.weight), sums, update.count))
 
@@ -235,7 +229,7 @@ class Accumulator:
             )
         vector = torch.empty(form.layout.size, dtype=form.dtype)
         for where, exponent in self.mean.segments(form.layout, self.cohort):
-            _spread(partial(_divide, vector[where], grid[where], exponent, weight), len(grid[where]))
+            divide(vector[where], grid[where].numpy(), exponent, weight)
         return Update(
             values=Parameters(form.layout, vector),
             kind=form.kind,
@@ -271,74 +265,3 @@ class Accumulator:
         names = own.sums.keys() | part.sums.keys()
         sums = {name: own.sums.get(name, Fraction()) + part.sums.get(name, Fraction()) for name in names}
         self._sum = replace(own, weight=own.weight + part.weight, sums=sums, count=own.count + part.count)
-
-
-def _add_products(grid: Tensor, vector: Tensor, scale: float, small: bool, starts: range) -> None:
-    """grid += round(vector × scale) for the chunks at `starts`; the product in float64, halves to the even one.
-
-    `small` says that no |product| exceeds 2**51. Then there is a faster way with the same result: after the addition of
-    1.5 × 2**52 neighbouring floats are 1 apart, so that the hardware rounds, and the low bits are the integer.
-    """
-    products = np.empty(min(_CHUNK, len(vector)))
-    total = grid.numpy()
-    for start in starts:
-        part = vector[start : start + _CHUNK]
-        product = products[: len(part)]
-        product[:] = _array(part)
-        product *= scale
-        if small:
-            product += _SHIFT
-            integers = product.view(np.int64)
-            integers -= _SHIFT_BITS
-        else:
-            integers = np.rint(product, out=product).astype(np.int64)
-        total[start : start + _CHUNK] += integers
-
-
-def _divide(vector: Tensor, grid: Tensor, exponent: int, weight: float, starts: range) -> None:
-    """vector = grid / 2**exponent / weight for the chunks at `starts`, in float64."""
-    unit = math.ldexp(1.0, -exponent)
-    total = grid.numpy()
-    quotients = np.empty(min(_CHUNK, len(vector)))
-    for start in starts:
-        part = vector[start : start + _CHUNK]
-        quotient = np.multiply(total[start : start + _CHUNK], unit, out=quotients[: len(part)])
-        quotient /= weight
-        if part.dtype is torch.bfloat16:
-            part.copy_(torch.from_numpy(quotient))
-        else:
-            part.numpy()[:] = quotient
-
-
-def _array(values: Tensor) -> npt.NDArray[Any]:
-    """The same numbers for NumPy, which has no bfloat16."""
-    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-
-
-def _spread(work: Callable[[range], None], size: int) -> None:
-    """Call `work` with the starts of all chunks of `size` elements, divided among as many threads as PyTorch uses.
-
-    With NumPy, and not PyTorch, whose threads wait for each other after every operation: with workers on the other
-    cores that takes a hundred times as long. Here they wait once.
-    """
-    starts = range(0, size, _CHUNK)
-    threads = min(torch.get_num_threads(), len(starts) // 2)
-    if threads < 2:
-        work(starts)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, [starts[first::threads] for first in range(threads)]))
-
-
-def _magnitude(tensor: Tensor) -> float:
-    """Largest |element|, 0 of none; NaN if one is NaN."""
-    if tensor.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(tensor)
-    return max(-low.item(), high.item())
-
-
-def _ceil_log2(number: float) -> int:
-    """The smallest e with number <= 2**e; exact."""
-    mantissa, exponent = math.frexp(number)
-    return exponent - 1 if mantissa == 0.5 else exponent

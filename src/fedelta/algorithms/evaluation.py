@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from fedelta.algorithms.tally import Tally
-from fedelta.core.errors import BadTensors
-from fedelta.core.messages import Replies, Reply, Update
+from fedelta.algorithms.tally import Tally, bodies
+from fedelta.core.errors import BadTensors, TooFewSites
+from fedelta.core.messages import Replies, Reply, Tensors, Update
 from fedelta.core.parameters import Layout
 from fedelta.core.program import Sight
 from fedelta.learning.objectives import Objective
@@ -16,27 +16,28 @@ NO_VALUES = Layout.of({})  # an evaluation is an update that consists of numbers
 def added(replies: Iterator[Reply | Replies], objective: Objective, tally: Tally, shows: Sight) -> dict[str, float]:
     """The sums of an objective over all sites; `tally` takes note of each, where it is seen, and of who gave none."""
     sums: dict[str, list[float]] = {}
-    for reply in replies:
-        assert isinstance(reply, Reply)
-        try:
-            found = _of(reply, objective)
-        except BadTensors as error:
-            tally.unmeasured[reply.sender] = str(error)
-            continue
-        if shows is Sight.EACH and found:
-            metrics = objective.summarise(found)
-            tally.per_site[reply.sender] = {f"validation_{name}": value for name, value in metrics.items()}
-        for name, value in found.items():
-            sums.setdefault(name, []).append(value)
+    try:
+        for reply in replies:
+            for senders, body in bodies(reply, tally.unmeasured):
+                try:
+                    found = _of(body, objective)
+                except BadTensors as error:
+                    tally.unmeasured |= dict.fromkeys(senders, str(error))
+                    continue
+                if shows is Sight.EACH and found:
+                    metrics = objective.summarise(found)
+                    tally.per_site[senders[0]] = {f"validation_{name}": value for name, value in metrics.items()}
+                for name, value in found.items():
+                    sums.setdefault(name, []).append(value)
+    except TooFewSites as error:  # no sum could be had
+        tally.unmeasured |= dict.fromkeys(tally.cohort, str(error))
     # fsum is exact, so the order of arrivals does not show
     return {name: math.fsum(values) for name, values in sums.items()}
 
 
-def _of(reply: Reply, objective: Objective) -> Mapping[str, float]:
+def _of(body: Tensors, objective: Objective) -> Mapping[str, float]:
     """The sums of an evaluation, empty from a site that holds nothing back. Raises BadTensors if there are none."""
-    if reply.error is not None:
-        raise BadTensors(reply.error)
-    sums = Update.from_tensors(reply.body, NO_VALUES).sums
+    sums = Update.from_tensors(body, NO_VALUES).sums
     if sums and sums.keys() != set(objective.sums):
         raise BadTensors(f"its evaluation has the sums {', '.join(sorted(sums))}")
     if not all(map(math.isfinite, sums.values())):

@@ -1,8 +1,8 @@
 """The horizontal program: sample sites, broadcast, train locally, collect, aggregate, update.
 
-Life of a round: `step` samples a cohort and sends it the broadcast; `handle` at each site trains, passes the
-update through the stages and the encoding, and hands it to the collect; back in `step` what arrives is decoded,
-checked, passed through the stages in reverse, and aggregated as it comes.
+Life of a round: `step` samples a cohort and sends it the broadcast; each site (at_site.py) trains, passes the update
+through the stages and the encoding, and hands it to the collect; back in `step` what arrives is decoded, checked,
+passed through the stages in reverse, and aggregated as it comes.
 """
 
 import copy
@@ -18,23 +18,25 @@ import torch
 from torch import nn
 
 from fedelta.aggregation.factors import Meter, half, pairs
-from fedelta.aggregation.rule import ManyRule, Rule
+from fedelta.aggregation.mean import Mean
+from fedelta.aggregation.rule import Rule
 from fedelta.algorithms import evaluation, round_zero, soundness
-from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
+from fedelta.algorithms.algorithm import Algorithm
+from fedelta.algorithms.at_site import AtSite
 from fedelta.algorithms.mechanism import Entropy, Privacy, scheme
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.private import Guard
 from fedelta.algorithms.sampling import All, Sampling
 from fedelta.algorithms.stopping import Best, Stop
-from fedelta.algorithms.tally import Tally, bodies
+from fedelta.algorithms.tally import Tally, bodies, parted
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput, BadTensors, TooFewSites
+from fedelta.core.errors import BadInput, BadTensors, RoundLost, TooFewSites
 from fedelta.core.examples import Examples
+from fedelta.core.grid import Terms
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.release import Ledger
-from fedelta.core.seeds import derive, derive_each
 from fedelta.core.threads import intra_op_threads
 from fedelta.learning.closed_form import ClosedForm
 from fedelta.learning.flat import FlatModel
@@ -45,7 +47,7 @@ from fedelta.privacy.guarantee import PrivacyState
 from fedelta.privacy.ledger import MemoryLedger
 
 S = TypeVar("S")
-NO_VALUES = Layout.of({})
+_MOST_LOST = 3  # rounds in a row: then it is not by chance that nothing comes of them, and the run ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class FederationState(Generic[S]):
     stopped: str | None = None
     stop: str = ""  # the condition to which `best` and `stopped` belong: another one starts anew
     privacy: PrivacyState | None = None  # None: there is no guarantee
+    lost: int = 0  # rounds in a row that were given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +110,7 @@ class Federation(Generic[S]):
         if self.start is not None:
             round_zero.check(self.start, self.algorithm.task, module)
         parameters = Parameters.of(module)
-        if self.privacy is not None:
-            soundness.check_layout(self.privacy, parameters.layout)
+        soundness.check_layout(self, parameters.layout)
         privacy = None if self.privacy is None else PrivacyState()
         return FederationState(algorithm=self.algorithm.init(parameters), privacy=privacy)
 
@@ -127,15 +129,28 @@ class Federation(Generic[S]):
     def step(self, state: FederationState[S], fleet: Fleet) -> tuple[FederationState[S], Report]:
         began = time.perf_counter()
         parties = fleet.parties()
-        if len(parties) < self.min_sites:
-            raise TooFewSites(f"there are {len(parties)} sites, and min_sites={self.min_sites} must answer")
+        if len(parties) < self._least:
+            why = (
+                f"min_sites={self.min_sites}"
+                if self.min_sites == self._least
+                else f"{self._least} under {self.collect}"
+            )
+            raise TooFewSites(f"there are {len(parties)} sites, and {why} must answer")
         zeroth = self.start is not None and not state.started
         round = 0 if zeroth else state.round + 1
         state = self.begun(state, parties)
         cohort = parties if zeroth else self.sampling(parties, round, self._sampling_seed)
         tally = Tally(cohort=cohort, registered=len(parties), told=self.privacy is None)
+        fleet = tally.metered(fleet)
         with intra_op_threads(1):  # the cores are the sites', and this is bound by memory
-            after, metrics = (self._start if zeroth else self._train)(state, round, fleet, tally)
+            try:
+                after, metrics = (self._start if zeroth else self._train)(state, round, fleet, tally)
+                after = replace(after, lost=0)
+            except RoundLost as lost:
+                if zeroth or state.lost + 1 == _MOST_LOST:
+                    raise
+                after, metrics = replace(state, lost=state.lost + 1), {}
+                tally.absent = dict.fromkeys(cohort, str(lost))
         trained, waited = time.perf_counter(), tally.waited
         answered = {} if zeroth else dict.fromkeys(tally.answered, round)
         after = replace(after, round=round, started=True, bases={**state.bases, **answered})
@@ -201,13 +216,13 @@ class Federation(Generic[S]):
     ) -> tuple[FederationState[S], dict[str, float]]:
         """The state after the cohort has trained, and the metrics of that training."""
         cohort, algorithm = tally.cohort, state.algorithm
-        if len(cohort) < self.min_sites and not self._noised_total:
+        if len(cohort) < self._least and not self._noised_total:
             return state, {}  # Poisson sampling may draw fewer: a round in which nothing is learned
         shared, own = self.broadcast(state, cohort)
         requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
         rule = self.aggregation
-        if self._noised_total and self.guard is not None and state.privacy is not None:
-            rule = self.guard.mean(state.privacy)
+        if self._noised_total and self.guard is not None:
+            rule = self.guard.mean(shared)
         updates = self._in_order(self._arriving(fleet, requests, algorithm, rule, tally), cohort)
         meter = Meter(self.algorithm.parameters(algorithm)) if self._metered and self._due(round) else None
         layout = self.algorithm.layout(algorithm, fleet.parties()[0])
@@ -240,6 +255,8 @@ class Federation(Generic[S]):
 
     def _total(self, updates: Iterator[Update], rule: Rule, tally: Tally, layout: Layout) -> Update:
         """The aggregate; where what is released is noised, it shows neither that nobody answered nor how many did."""
+        if self.collect.shows is Sight.SUM:
+            return tally.only(updates)
         if not self._noised_total:
             return rule(updates, len(tally.cohort))
         first = next(updates, None)
@@ -250,6 +267,24 @@ class Federation(Generic[S]):
     @property
     def _noised_total(self) -> bool:
         return self.privacy is not None and self.privacy.central
+
+    @property
+    def _least(self) -> int:
+        """The number of sites that must answer for a round to count."""
+        return max(self.min_sites, self.collect.least)
+
+    def _terms(self, op: str, shared: Tensors) -> Terms:
+        """On what terms the answers to such requests can be added up, by whoever shows no more than sums."""
+        if op != "train":
+            return round_zero.RULE.terms if op == "statistics" else Terms()
+        rule = self.guard.mean(shared) if self._noised_total and self.guard is not None else self.aggregation
+        if not isinstance(rule, Mean):
+            return Terms()
+        told = () if self.privacy is None else self.privacy.numbers
+        return replace(rule.terms, public=frozenset({ROWS} & set(told)))
+
+    def _gathered(self, fleet: Fleet, requests: Requests, together: int = 1) -> Iterator[Reply | Replies]:
+        return self.collect.gather(fleet, requests, together, self._terms(requests.op, requests.shared))
 
     @cached_property
     def _metered(self) -> bool:
@@ -276,24 +311,38 @@ class Federation(Generic[S]):
         told = self._told(state)
         shared = {"parameters": parameters.vector, **told}
         requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
-        replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
+        replies = self._gathered(fleet, requests)
         module = self._working_copy().module
         private = None if self.guard is None else self.guard.moments(told)
         noise = None if self.guard is None else self.guard.noise("start", self.guard.times(round))
-        total = round_zero.total(replies, task, module, tally, self.min_sites, private, noise)
+        summed = self.collect.shows is Sight.SUM
+        total = round_zero.total(replies, task, module, tally, self.min_sites, private, noise, summed)
         if self.guard is not None:
             tally.releases = self.guard.started(tally.answered, told)
         headed = round_zero.with_head(self.start, task, module, parameters, total, private)
         return replace(state, algorithm=self.algorithm.init(headed)), {}
 
     def handle(self, request: Request, site: Site) -> Reply:
-        if request.op == "train":
-            return self.collect.handle(request, site, lambda: self._update(request, site))
-        if request.op == "evaluate" and self.privacy is None:  # no guarantee covers what it tells
-            return self.collect.handle(request, site, lambda: self._evaluation(request, site))
-        if request.op == "statistics" and self.start is not None:
-            return self.collect.handle(request, site, lambda: self._statistics(request, site))
-        raise BadInput(f"this program knows no {request.op!r} request")
+        return self._at_site.handle(request, site)
+
+    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
+        return self._at_site.handle_many(requests, sites)
+
+    @cached_property
+    def _at_site(self) -> AtSite:
+        return AtSite(
+            algorithm=self.algorithm,
+            start=self.start is not None,
+            guard=self.guard,
+            stages=self.stages,
+            encoding=self.encoding,
+            collect=self.collect,
+            seed=self.seed,
+            plan=self._plan,
+            rule=None if self._metered else self.aggregation,
+            terms=self._terms,
+        )
 
     def evaluate(self, parameters: Parameters) -> dict[str, float]:
         """Metrics of a model on the coordinator's `test` examples; empty if there are none."""
@@ -316,82 +365,8 @@ class Federation(Generic[S]):
         request = Request(
             to=site.id, op="evaluate", round=state.round, base=base, shared=shared, body=own.get(site.id, {})
         )
-        model, _ = self.algorithm.received(self._incoming(request), site, site.data().train)
+        model, _ = self.algorithm.received(self._at_site.incoming(request), site, site.data().train)
         return copy.deepcopy(model.module)
-
-    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
-        """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
-        by_example = self.privacy is not None and self.privacy.unit == "example"
-        if requests.op != "train" or self.collect.shows is not Sight.EACH or by_example:
-            raise BadInput(f"{requests.op!r} requests under {self.collect} are handled one by one")
-        incoming = IncomingMany(
-            shared=requests.shared,
-            own=requests.bodies,
-            round=requests.round,
-            seed=self.seed,
-            local_seeds=derive_each((self.seed, requests.round), requests.to, ("local",)),
-            plan=self._plan,
-        )
-        updates, errors = self.algorithm.local_many(incoming, sites)
-        rule = self.aggregation
-        seen_alone = self.stages or self.privacy is not None or self._metered
-        if not seen_alone and self.encoding.linear and isinstance(rule, ManyRule):
-            refused = rule.refuse_many(updates)
-            errors |= {updates.senders[row]: reason for row, reason in refused.items()}
-            updates = updates.without(refused)
-            body = self.encoding.encode(rule.combine(updates)) if len(updates) else {}
-        else:
-            updates = replace(updates, values=updates.values.cpu())
-            by_name = {site.id: site for site in sites}
-            pairs = zip(updates.senders, updates, strict=True)
-            encoded = [self._outgoing(one, by_name[to], requests.shared, requests.round) for to, one in pairs]
-            body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}
-        return Replies(senders=updates.senders, answers=requests.id, round=requests.round, body=body, errors=errors)
-
-    def _update(self, request: Request, site: Site) -> Tensors:
-        incoming = self._incoming(request)
-        if self.guard is not None:
-            private = self.guard.training_at(site, request.shared, request.round)
-            # what dropout hides of a row depends on the others of its batch, which nobody else may know
-            secret = self.entropy == "system" and private is not None
-            seed = secrets.randbits(62) if secret else incoming.local_seed
-            incoming = replace(incoming, private=private, local_seed=seed)
-        return self._outgoing(self.algorithm.local(incoming, site), site, request.shared, request.round)
-
-    def _statistics(self, request: Request, site: Site) -> Tensors:
-        parameters = request.shared["parameters"]
-        guard, task = self.guard, self.algorithm.task
-        if guard is None:
-            return round_zero.statistics(task, parameters, site, self.seed, self._plan).to_tensors()
-        private, noise = guard.moments(request.shared), guard.noise_at(site, request.shared, "statistics")
-        update = round_zero.statistics(task, parameters, site, self.seed, self._plan, private, noise)
-        guard.start_leaves(site, request.shared)
-        return update.to_tensors()
-
-    def _incoming(self, request: Request) -> Incoming:
-        return Incoming(
-            tensors={**request.shared, **request.body},
-            round=request.round,
-            base=request.base,
-            seed=self.seed,
-            local_seed=derive(self.seed, request.round, request.to, "local"),
-            plan=self._plan,
-        )
-
-    def _outgoing(self, update: Update, site: Site, told: Tensors, round: int) -> Tensors:
-        for stage in self.stages:
-            update = stage.on_site(update, site)
-        if self.guard is not None:
-            update = self.guard.leaving(update, site, told, round)
-        return self.encoding.encode(update)
-
-    def _evaluation(self, request: Request, site: Site) -> Tensors:
-        held_back = site.data().validation
-        sums: Mapping[str, float] = {}
-        if held_back is not None and len(held_back):
-            model, rows = self.algorithm.received(self._incoming(request), site, held_back)
-            sums = evaluate(model, rows, self.algorithm.task.objective, self._plan)
-        return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
 
     def _working_copy(self) -> FlatModel:
         return self.algorithm.task.flat(self.seed, self._plan)
@@ -403,16 +378,17 @@ class Federation(Generic[S]):
         self, fleet: Fleet, requests: Requests, state: S, rule: Rule, tally: Tally
     ) -> Iterator[tuple[Sequence[PartyId], Update]]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
-        together = self._plan.cohort or 1
-        for reply in tally.watch(self.collect.gather(fleet, requests, together), requests):
+        for reply in self._gathered(fleet, requests, self._plan.cohort or 1):
             for senders, body in bodies(reply, tally.absent):
+                public, tensors = parted(body)
                 try:
-                    update = self.encoding.decode(body, self.algorithm.layout(state, senders[0]))
+                    update = self.encoding.decode(tensors, self.algorithm.layout(state, senders[0]))
                     self._check(update, len(senders))
                 except BadTensors as error:
                     tally.absent |= dict.fromkeys(senders, f"its update is malformed: {error}")
                     continue
-                tally.arrived |= dict.fromkeys(senders, int(update.sums.get(ROWS, 1)))
+                rows = public[ROWS].tolist() if ROWS in public else [update.sums.get(ROWS, 1)] * len(senders)
+                tally.arrived |= {sender: int(own) for sender, own in zip(senders, rows, strict=True)}
                 for stage in reversed(self.stages):
                     update = stage.on_arrival(update)
                 refusal = rule.refuse(update)
@@ -430,7 +406,7 @@ class Federation(Generic[S]):
             raise BadTensors(f"its values are {update.values.vector.dtype}, not torch.float32")
         if update.kind != self.algorithm.kind:
             raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
-        if self.collect.shows is Sight.EACH and update.count != senders:
+        if update.count != senders:
             raise BadTensors(f"it claims to be of {update.count} sites")
         needed = self.algorithm.task.objective.sums if self.privacy is None else self.privacy.numbers
         missing = set(needed) - update.sums.keys()
@@ -446,6 +422,6 @@ class Federation(Generic[S]):
         parties = fleet.parties()
         shared, own = self.algorithm.broadcast(state.algorithm, {to: state.bases.get(to, -1) for to in parties})
         requests = Requests(to=parties, op="evaluate", round=state.round, bases=state.bases, shared=shared, bodies=own)
-        replies = tally.watch(self.collect.gather(fleet, requests, 1), requests)
+        replies = self._gathered(fleet, requests)
         sums = evaluation.added(replies, self.algorithm.task.objective, tally, self.collect.shows)
         return self._named("validation", sums)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.errors import BadInput
+from fedelta.core.exchange import exchange
+from fedelta.core.grid import Terms
+from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout
 from fedelta.core.program import Fleet, Sight, Site
 
@@ -57,16 +60,26 @@ class Collect(Protocol):
     @property
     def shows(self) -> Sight: ...
 
-    def gather(self, fleet: Fleet, requests: Requests, together: int) -> Iterator[Reply | Replies]:
-        """Send the requests; yield what comes: a reply (or a failure) per site, or one that carries a sum.
+    @property
+    def least(self) -> int:
+        """The number of sites without whose answers nothing comes of a round."""
+        ...
+
+    def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
+        """Send the requests; yield what comes: a reply (or a failure) per site, or one with the mean of those it names.
 
         `together` is the number of sites that the program can handle in one go. Only a collect that shows each update
-        may make use of it.
+        may make use of it; only one that shows sums needs the `terms`. Raises TooFewSites, or RoundLost, where no sum
+        can be had.
         """
         ...
 
-    def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors]) -> Reply:
+    def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors], terms: Terms) -> Reply:
         """The site's half: what leaves it, given its encoded update."""
+        ...
+
+    def answer(self, request: Request, site: Site) -> Reply:
+        """A site's half of the collect's own messages. Raises BadInput for a request that it does not know."""
         ...
 
 
@@ -74,32 +87,14 @@ class Collect(Protocol):
 class Clear:
     """Each update in the clear: the coordinator sees them all."""
 
-    shows: Sight = Sight.EACH
+    shows: ClassVar[Sight] = Sight.EACH
+    least: ClassVar[int] = 1
 
-    def gather(self, fleet: Fleet, requests: Requests, together: int) -> Iterator[Reply | Replies]:
-        waiting = set(requests.to)
-        fleet.submit_many(requests, together)
-        try:
-            while waiting:
-                reply = fleet.next_reply()
-                if reply is None:
-                    raise RuntimeError(f"the fleet has nothing outstanding, and {len(waiting)} replies are missing")
-                answered = _answered(reply, requests) & waiting
-                if answered:
-                    waiting -= answered
-                    yield reply
-        finally:  # an interrupted round can be asked for again
-            if waiting:
-                fleet.cancel(requests.id)
-                for party in waiting:
-                    fleet.cancel(requests.id_to(party))
+    def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
+        return exchange(fleet, requests, together)
 
-    def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors]) -> Reply:
+    def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors], terms: Terms) -> Reply:
         return Reply.to_request(request, outgoing())
 
-
-def _answered(reply: Reply | Replies, requests: Requests) -> set[PartyId]:
-    """The parties of `requests` that a reply speaks for."""
-    if isinstance(reply, Replies):
-        return {*reply.senders, *reply.errors} if reply.answers == requests.id else set()
-    return {reply.sender} if reply.answers == requests.id_to(reply.sender) else set()
+    def answer(self, request: Request, site: Site) -> Reply:
+        raise BadInput(f"this program knows no {request.op!r} request")

@@ -10,7 +10,7 @@ from fedelta.algorithms.federation import Federation
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.examples import Examples
 from fedelta.core.messages import PartyId
-from fedelta.core.program import SiteData
+from fedelta.core.program import Sight, SiteData
 from fedelta.learning.trial import settle
 
 S = TypeVar("S")
@@ -28,7 +28,8 @@ def planned(
     """
     task, plan = federation.algorithm.task, federation.plan
     by_example = federation.privacy is not None and federation.privacy.unit == "example"
-    if (by_example or not federation.algorithm.at_once) and plan.cohort is None:
+    alone = by_example or not federation.algorithm.at_once or federation.collect.shows is Sight.SUM
+    if alone and plan.cohort is None:
         plan = replace(plan, cohort=1)
 
     def usable() -> list[Examples]:

@@ -32,6 +32,7 @@ from fedelta.privacy.accounting import Account, epsilon
 from fedelta.privacy.events import gaussian
 from fedelta.privacy.guarantee import ROUNDS, PrivacyState, budget
 from fedelta.privacy.population import Population, Work
+from fedelta.privacy.site_level import NORM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,9 @@ class Guard:
         self.ledger.record(*found)
         return found
 
-    def mean(self, state: PrivacyState) -> Mean:
+    def mean(self, told: Tensors) -> Mean:
         """How deltas become a sum that is to be noised: on a grid that does not depend on who was asked."""
-        return Mean(bound=max(state.norm, 2.0**-100), weight_bound=1.0)
+        return Mean(bound=max(float(told[NORM]), 2.0**-100), weight_bound=1.0)
 
     def training_at(self, site: Site, told: Tensors, round: int) -> tuple[PrivateSteps, Noise] | None:
         """How a site has to train, and with which noise; None: as it would.

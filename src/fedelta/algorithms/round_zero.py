@@ -16,6 +16,7 @@ from fedelta.aggregation.mean import Mean
 from fedelta.algorithms.tally import Tally, bodies
 from fedelta.core.errors import BadInput, BadTensors, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
+from fedelta.core.grid import halves, joined
 from fedelta.core.messages import Replies, Reply, Update
 from fedelta.core.noise import Noise
 from fedelta.core.parameters import Layout, Parameters
@@ -31,7 +32,7 @@ from fedelta.learning.task import Task
 # LDA is a little better where rows are many; where they are few its posteriors are far too sure of themselves, which is
 # a bad start for training.
 USUAL: ClosedForm = Ridge()
-_RULE = Mean(bound=2.0**14)  # on means of products of two features, which may be larger than weights are
+RULE = Mean(bound=2.0**14)  # on means of products of two features, which may be larger than weights are
 
 
 def check(start: ClosedForm, task: Task, module: nn.Module) -> None:
@@ -104,19 +105,17 @@ def total(
     min_sites: int,
     private: PrivateMoments | None = None,
     noise: Noise | None = None,
+    summed: bool = False,
 ) -> Update:
     """The coordinator's half: the mean over all rows, and their number as its weight.
 
     Where they are `private` it is what that makes of it; `noise` is what a coordinator draws from to hide whole sites.
-    Raises TooFewSites if not as many as `min_sites` answered.
+    `summed`: what arrives is the mean already. Raises TooFewSites if not as many as `min_sites` answered.
     """
     layer = _linear(module, head_layer(module, classes(task)))
     layout = (moments_layout if private is None else private_layout)(classes(task), layer.in_features)
-    coarse = _RULE.resolution(len(tally.cohort))
-    halves = (_halved(update, coarse) for update in _arriving(replies, layout, tally, min_sites, private))
-    mean = _RULE(halves, len(tally.cohort))
-    vector = mean.values["coarse"] + mean.values["fine"] * coarse / _RULE.bound
-    mean = replace(mean, values=Parameters(layout, vector))
+    updates = _arriving(replies, layout, tally, min_sites, private)
+    mean = tally.only(updates) if summed else _mean(updates, layout, len(tally.cohort))
     return mean if private is None else private.on_total(mean, noise)
 
 
@@ -159,15 +158,17 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _halved(update: Update, coarse: float) -> Update:
-    """The same values as what lies on the grid `coarse`, which the rule adds with no error, and the rest, enlarged.
+def _mean(updates: Iterator[Update], layout: Layout, cohort: int) -> Update:
+    """Of `cohort` sites at most, each added in two parts."""
+    coarse = RULE.resolution(cohort)
+    mean = RULE((_halved(update, coarse) for update in updates), cohort)
+    vector = joined(mean.values["coarse"], mean.values["fine"], coarse, RULE.bound)
+    return replace(mean, values=Parameters(layout, vector))
 
-    Small eigenvalues of the moments decide about the head, and would drown in one grid that is wide enough for all.
-    """
-    values = update.values.vector
-    on_grid = (values / coarse).round() * coarse
-    halves = {"coarse": on_grid, "fine": (values - on_grid) / coarse * _RULE.bound}
-    return replace(update, values=Parameters(Layout.of(halves), torch.cat(list(halves.values()))))
+
+def _halved(update: Update, coarse: float) -> Update:
+    parts = dict(zip(("coarse", "fine"), halves(update.values.vector, coarse, RULE.bound), strict=True))
+    return replace(update, values=Parameters(Layout.of(parts), torch.cat(list(parts.values()))))
 
 
 def _arriving(
@@ -185,7 +186,7 @@ def _arriving(
             except BadTensors as error:
                 tally.absent |= dict.fromkeys(senders, f"its statistics are malformed: {error}")
                 continue
-            refusal = _RULE.refuse(update)
+            refusal = RULE.refuse(update)
             if refusal is not None:
                 tally.absent |= dict.fromkeys(senders, refusal)
                 continue

@@ -92,13 +92,19 @@ def check_stop(federation: Parts) -> None:
         raise BadInput(f"{federation.stop} waits for a metric that is never measured; {cure}")
 
 
-def check_layout(privacy: Privacy, layout: Layout) -> None:
-    """Raises UnsoundCombination for a model of which a part is averaged, and not trained."""
-    if layout.size != layout.trained:
-        names = [entry.name for entry in layout.entries if entry.offset >= layout.trained]
+def check_layout(federation: Parts, layout: Layout) -> None:
+    """Raises UnsoundCombination for a model of which a part is averaged, and not trained, where that does not hold."""
+    if layout.size == layout.trained:
+        return
+    name = next(entry.name for entry in layout.entries if entry.offset >= layout.trained)
+    cure = "use a tuning that freezes BatchNorm, or a model with GroupNorm or LayerNorm"
+    if federation.privacy is not None:
+        own = type(federation.privacy).__name__
+        raise UnsoundCombination(f"{name!r} is a statistic that sites average and no noise of {own} covers; {cure}")
+    if federation.collect.shows is Sight.SUM:
         raise UnsoundCombination(
-            f"{names[0]!r} is a statistic that sites average and no noise of {type(privacy).__name__} covers; use a "
-            "tuning that freezes BatchNorm, or a model with GroupNorm or LayerNorm"
+            f"{name!r} is a statistic that sites average, for which the grid of {federation.collect} has no bound; "
+            f"{cure}"
         )
 
 
@@ -130,9 +136,34 @@ def _check_aggregation(federation: Parts) -> None:
     if federation.rule is not None and federation.algorithm.rule.needs is Sight.EACH:
         own = type(federation.algorithm).__name__
         raise UnsoundCombination(f"{own} aggregates in its own way, and not by {federation.rule}; leave `rule` out")
-    if not federation.encoding.linear and collect.shows is Sight.SUM:
+    if collect.shows is Sight.SUM:
+        _check_sums(federation)
+
+
+def _check_sums(federation: Parts) -> None:
+    """What a collect that reveals only sums rests on."""
+    rule, collect, encoding = federation.aggregation, federation.collect, federation.encoding
+    if not isinstance(rule, Mean):
+        raise UnsoundCombination(f"what {collect} reveals is a mean, which {rule} is not; use Mean()")
+    if not encoding.linear:
         raise UnsoundCombination(
-            f"{federation.encoding} cannot be added up, but {collect} reveals only sums; use a linear encoding"
+            f"{encoding} cannot be added up, but {collect} reveals only sums; use a linear encoding"
+        )
+    if federation.stages:
+        raise UnsoundCombination(
+            f"what {federation.stages} do to single updates on their arrival cannot be done to the sum that {collect} "
+            "reveals; leave the stages out"
+        )
+    if federation.plan.cohort not in (None, 1):
+        raise BadInput(f"under {collect} each site trains, and hides what it sends, by itself; leave Plan.cohort out")
+    if isinstance(federation.sampling, Fixed) and federation.sampling.size < collect.least:
+        raise UnsoundCombination(
+            f"{federation.sampling} asks fewer sites than the {collect.least} whose sum {collect} reveals; ask more"
+        )
+    if federation.privacy is not None and federation.privacy.central and scheme(federation.sampling) == "poisson":
+        raise UnsoundCombination(
+            f"a round that {collect} cannot sum up because fewer than {collect.least} sites were drawn shows how many "
+            "were; under Poisson sampling use Clear(), or use another sampling"
         )
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedelta.core import codec
-from fedelta.core.messages import PartyId, Replies, Reply, Requests, Tensors
-from fedelta.core.program import Report
+from fedelta.core.errors import TooFewSites
+from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.program import Fleet, Report
 from fedelta.core.release import Release
 
 _NOT_TOLD = "it gave nothing that could be used; no guarantee covers why, so that is not told"
@@ -32,26 +33,22 @@ class Tally:
     bytes_up: int = 0
     waited: float = 0.0  # seconds spent waiting for replies
 
-    def watch(self, replies: Iterator[Reply | Replies], requests: Requests) -> Iterator[Reply | Replies]:
-        """The same replies, with their bytes and the time they took added up."""
-        alike = len(requests) - len(requests.bodies)
-        self.bytes_down += alike * codec.size(requests.shared)
-        self.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
-        while True:
-            asked = time.perf_counter()
-            reply = next(replies, None)
-            self.waited += time.perf_counter() - asked
-            if reply is None:
-                return
-            if isinstance(reply, Replies):
-                self.bytes_up += sum(len(senders) * codec.size(body) for senders, body in bodies(reply, {}))
-            elif reply.error is None:
-                self.bytes_up += codec.size(reply.body, reply.meta)
-            yield reply
+    def metered(self, fleet: Fleet) -> Fleet:
+        """The same fleet; bytes, and the time that is spent waiting for replies, are added up."""
+        return _Metered(fleet, self)
 
     def accept(self, senders: Sequence[PartyId], count: int) -> None:
         self.accepted += count
         self.answered.extend(senders)
+
+    def only(self, updates: Iterator[Update]) -> Update:
+        """What arrives where a collect shows nothing but the mean. Raises TooFewSites if it cannot be used."""
+        found = list(updates)
+        if not found:
+            reasons = sorted(set(self._absent().values()))
+            raise TooFewSites(f"the sum of the sites cannot be used ({'; '.join(reasons[:3])})")
+        (mean,) = found
+        return mean
 
     def report(
         self, round: int, metrics: Mapping[str, float], seconds: Mapping[str, float], stop: str | None
@@ -99,3 +96,43 @@ def bodies(reply: Reply | Replies, absent: dict[PartyId, str]) -> Iterator[tuple
     else:
         for row, sender in enumerate(reply.senders):
             yield [sender], {name: tensor[row] for name, tensor in reply.body.items()}
+
+
+def parted(body: Tensors) -> tuple[Tensors, Tensors]:
+    """What the body of a sum has of each site, by the names of the numbers; and the sum."""
+    public = {name.removeprefix(PUBLIC): tensor for name, tensor in body.items() if name.startswith(PUBLIC)}
+    return public, {name: tensor for name, tensor in body.items() if not name.startswith(PUBLIC)} if public else body
+
+
+@dataclass(frozen=True)
+class _Metered:
+    """A fleet whose traffic a tally notes down."""
+
+    fleet: Fleet
+    tally: Tally
+
+    def parties(self) -> Sequence[PartyId]:
+        return self.fleet.parties()
+
+    def submit(self, request: Request) -> None:
+        self.tally.bytes_down += codec.size({**request.shared, **request.body}, request.meta)
+        self.fleet.submit(request)
+
+    def submit_many(self, requests: Requests, together: int) -> None:
+        alike = len(requests) - len(requests.bodies)
+        self.tally.bytes_down += alike * codec.size(requests.shared)
+        self.tally.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
+        self.fleet.submit_many(requests, together)
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
+        asked = time.perf_counter()
+        reply = self.fleet.next_reply(timeout_s)
+        self.tally.waited += time.perf_counter() - asked
+        if isinstance(reply, Replies):
+            self.tally.bytes_up += sum(len(senders) * codec.size(body) for senders, body in bodies(reply, {}))
+        elif reply is not None and reply.error is None:
+            self.tally.bytes_up += codec.size(reply.body, reply.meta)
+        return reply
+
+    def cancel(self, request_id: str) -> None:
+        self.fleet.cancel(request_id)

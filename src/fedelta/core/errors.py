@@ -29,6 +29,10 @@ class TooFewSites(FedeltaError):
     """Fewer sites answered than the program needs for a round."""
 
 
+class RoundLost(TooFewSites):
+    """A round of which nothing can be used, and which must not be asked for again: the run goes on with the next."""
+
+
 class CannotResume(FedeltaError):
     """A run folder does not fit the run that would continue it."""
 

@@ -18,6 +18,7 @@ Tensors = Mapping[str, Tensor]
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 Meta = Mapping[str, Plain]
 Kind = Literal["difference", "value"]
+PUBLIC = "public/"  # in the body of a sum: before the name of a number that is given for each of its senders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from fedelta.core.heap import keep_freed_memory
 from fedelta.core.memory import Memory
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 from fedelta.core.release import Ledger, Release
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 S = TypeVar("S")
 
@@ -46,13 +50,15 @@ class Report:
 class Site:
     """A party that owns data, as its half of a program sees it.
 
-    `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds.
+    `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds. `given` has, for each job
+    and kind of request, the last round for which something has left that must leave only once.
     """
 
     id: PartyId
     data: Callable[[], "SiteData"]  # loads on the first call, then returns the same object
     memory: Memory = field(default_factory=Memory)
     scratch: dict[str, object] = field(default_factory=dict)
+    given: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,7 @@ class SiteData:
     train: Examples
     validation: Examples | None = None
     ledger: Ledger | None = None  # where this site takes down what it lets out; it may have a limit of its own
+    identity: "Path | str | Ed25519PrivateKey | None" = None  # with which it signs, so that other sites know it
 
     @classmethod
     def of(cls, data: "SiteData | Examples | tuple[Tensor | Array, Tensor | Array]") -> "SiteData":

@@ -92,6 +92,8 @@ def _aligned(offset: int) -> int:
 
 
 def _copy(tensor: Tensor, to: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not tensor.numel():  # one that NumPy made has no strides
+        return
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     if plain and tensor.device.type == "cpu":
         # In one thread: PyTorch's own copy would start several, which wait for the cores that workers are busy on.

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from fedelta.core.errors import BadInput, BadLedger
+from fedelta.core.keys import private_key, public_key
 from fedelta.core.release import Relation, Release, Unit
 from fedelta.privacy.events import from_plain
-from fedelta.privacy.keys import private_key, public_key
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

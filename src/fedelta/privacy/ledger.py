@@ -104,7 +104,7 @@ class FileLedger:
     ) -> "FileLedger":
         """Continue the ledger at `path`, or begin it if there is none.
 
-        `key` is an Ed25519 private key or its PEM file (`new_key` of privacy/keys.py), the one that the ledger was
+        `key` is an Ed25519 private key or its PEM file (`new_key` of core/keys.py), the one that the ledger was
         begun with; None for a ledger whose lines are not signed. `at_least` is how many releases there must be,
         `includes` a `head` that was noted earlier; with either, a ledger that is not there is not begun.
 

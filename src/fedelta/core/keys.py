@@ -1,4 +1,4 @@
-"""The Ed25519 keys (RFC 8032) that ledgers are signed with, as PEM files.
+"""The Ed25519 keys (RFC 8032) with which ledgers and messages are signed, as PEM files.
 
 A private key is not encrypted: only its owner may read the file, and whoever does can sign.
 """
@@ -46,7 +46,7 @@ def private_key(key: "Path | str | Ed25519PrivateKey") -> "Ed25519PrivateKey":
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it is encrypted
             raise BadInput(f"{key} is no private key in PEM without a password; make one with new_key") from error
     if not isinstance(found, Ed25519PrivateKey):
-        raise BadInput(f"a ledger is signed with an Ed25519 private key, not {type(found).__name__}; see new_key")
+        raise BadInput(f"what signs is an Ed25519 private key, not {type(found).__name__}; see new_key")
     return found
 
 
@@ -63,7 +63,7 @@ def public_key(key: "Path | str | Ed25519PublicKey") -> "Ed25519PublicKey":
         except (ValueError, UnsupportedAlgorithm) as error:
             raise BadInput(f"{key} is no public key in PEM; it is the file with .pub beside the private key") from error
     if not isinstance(found, Ed25519PublicKey):
-        raise BadInput(f"a ledger is checked with an Ed25519 public key, not {type(found).__name__}; see new_key")
+        raise BadInput(f"what checks is an Ed25519 public key, not {type(found).__name__}; see new_key")
     return found
 
 

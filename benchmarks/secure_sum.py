@@ -1,0 +1,166 @@
+"""What a secure sum costs a site and the coordinator: 1M parameters, 100 sites, of which 10 drop out at the worst step.
+
+    python -m benchmarks.secure_sum [--sites 100] [--parameters 1000000] [--dropouts 10] [--bits 32] [--repeats 3]
+
+Both halves of the protocol in one process, on one core, without a network: every site's steps are timed one by one, and
+the medians over all sites are shown. The dropouts are lost after they have shared their secrets and before their masked
+update comes, when their masking keys have to be put together and their masks with every survivor computed anew. The sum
+is compared with that of the survivors' integers.
+"""
+
+import argparse
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedelta.core import codec
+from fedelta.core.grid import Terms
+from fedelta.core.messages import Tensors
+from fedelta.secure.graph import shape
+from fedelta.secure.protocol_coordinator import STEPS, CoordinatorSum
+from fedelta.secure.protocol_site import SiteSum
+from fedelta.secure.ring import Form, Ring
+
+T = TypeVar("T")
+TEXT = {
+    "keys": "keys and their signature",
+    "shares": "checking the list, agreement, shares",
+    "encode": "update to integers",
+    "masked": "opening shares, agreement, masks",
+    "survivors": "signature of the survivors",
+    "reveal": "checking signatures, revealing",
+}
+
+
+class Watch:
+    """Seconds by what they were spent on, one entry for each call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def of(self, name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        found = work()
+        self.seconds[name].append(time.perf_counter() - began)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sites", type=int, default=100)
+    parser.add_argument("--parameters", type=int, default=1_000_000)
+    parser.add_argument("--dropouts", type=int, default=10)
+    parser.add_argument("--bits", type=int, choices=(32, 64), action="append", help="both, if not said otherwise")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    widths = options.bits or [32, 64]
+    rounds = {bits: [] for bits in widths}  # type: dict[int, list[Round]]
+    for _ in range(options.repeats):
+        for bits in widths:  # interleaved
+            rounds[bits].append(Round(options.sites, options.parameters, options.dropouts, bits))
+    shown = shape(options.sites, 0.1, 0.2)
+    print(
+        f"{options.parameters:,} parameters, {options.sites} sites, {options.dropouts} lost; each site masks with "
+        f"{shown.neighbours} neighbours that it draws, {shown.threshold} of whom unmask it. Medians of "
+        f"{options.repeats} rounds, one core; peak memory of the process with all sites in it "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB.\n"
+    )
+    print("\n".join(table(rounds)))
+
+
+class Round:
+    """One secure sum, and what it took."""
+
+    def __init__(self, sites: int, parameters: int, dropouts: int, bits: int) -> None:
+        self.site, self.coordinator = Watch(), Watch()
+        self.up: dict[str, int] = defaultdict(int)
+        self.down: dict[str, int] = defaultdict(int)
+        names = [f"site-{place:04d}" for place in range(sites)]
+        lost = set(names[:: max(1, sites // dropouts)][:dropouts]) if dropouts else set()
+        draw = np.random.default_rng(0)
+        updates = {name: torch.from_numpy(draw.standard_normal(parameters, dtype=np.float32) * 0.01) for name in names}
+        self.plain = codec.size({"difference": updates[names[0]]})
+        ring, terms = Ring(bits=bits, own=Terms(bound=1.0, weight_bound=2.0**10) if bits == 32 else None), Terms()
+        halves = {
+            name: SiteSum(
+                name=name,
+                context=b"benchmark",
+                cohort=sites,
+                shape=lambda listed: shape(sites, 0.1, 0.2, listed=listed),
+                identity=Ed25519PrivateKey.generate(),
+            )
+            for name in names
+        }
+        total = CoordinatorSum(
+            context=b"benchmark", cohort=sites, shape=lambda listed: shape(sites, 0.1, 0.2, listed=listed), names=names
+        )
+        expected: Mapping[str, np.ndarray] = {}
+        integers: Mapping[str, np.ndarray] = {}
+        for step in STEPS:
+            asked = self.coordinator.of(step, total.ask)
+            for name, body in asked.bodies.items():
+                if step == "masked" and name in lost:
+                    continue
+                told = {**asked.shared, **body}
+                self.down[name] += codec.size(told)
+                if step == "masked":
+                    update = {"difference": updates[name], "weight": torch.tensor(10.0, dtype=torch.float64)}
+                    form = Form.of(update)
+                    integers = self.site.of("encode", lambda: ring.integers(update, form, terms, sites))  # noqa: B023
+                    expected = {key: expected.get(key, 0) + vector for key, vector in integers.items()}
+                reply = self.site.of(step, lambda: _answered(halves[name], step, told, integers))  # noqa: B023
+                self.up[name] += codec.size(reply)
+                self.coordinator.of(step, lambda: total.take(name, reply))  # noqa: B023
+        sums, survivors = self.coordinator.of("total", total.total)
+        assert set(survivors) == set(names) - lost
+        assert all(np.array_equal(sums[key], expected[key]) for key in expected)
+
+
+def _answered(site: SiteSum, step: str, told: Tensors, integers: Mapping[str, np.ndarray]) -> Tensors:
+    match step:
+        case "keys":
+            return site.keys()
+        case "shares":
+            return site.shares(told)
+        case "masked":
+            return site.masked(told, integers)
+        case "survivors":
+            return site.survivors(told)
+    return site.reveal(told)
+
+
+def table(rounds: Mapping[int, list[Round]]) -> list[str]:
+    head = "| " + " | ".join(["", *(f"{bits} bits" for bits in rounds)]) + " |"
+    lines = [head, "|---|" + "---:|" * len(rounds)]
+
+    def row(name: str, value: Callable[[Round], float], form: str) -> None:
+        cells = [form.format(median(value(one) for one in found)) for found in rounds.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+
+    for step, text in TEXT.items():
+        row(f"a site: {text}", lambda one, step=step: 1e3 * median(one.site.seconds[step]), "{:.1f} ms")
+    row("**a site, in all**", lambda one: 1e3 * sum(median(one.site.seconds[step]) for step in TEXT), "{:.0f} ms")
+    row("a site sends, in units of the plain update", lambda one: median(one.up.values()) / one.plain, "{:.3f}")
+    row("a site gets", lambda one: median(one.down.values()) / 1e3, "{:.0f} kB")
+    row("coordinator: adding a masked update", lambda one: 1e3 * median(one.coordinator.seconds["masked"]), "{:.1f} ms")
+    row("coordinator: taking all masks off", lambda one: sum(one.coordinator.seconds["total"]), "{:.2f} s")
+    row(
+        "coordinator: all else",
+        lambda one: sum(
+            sum(found) for step, found in one.coordinator.seconds.items() if step not in ("masked", "total")
+        ),
+        "{:.2f} s",
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

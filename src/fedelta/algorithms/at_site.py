@@ -1,0 +1,132 @@
+"""The site's half of a federation: from a request to what leaves.
+
+What comes in is trained on (or measured, or summed up), passes through the stages and the guarantee, is encoded, and is
+handed to the collect.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fedelta.aggregation.rule import ManyRule, Rule
+from fedelta.algorithms import round_zero
+from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
+from fedelta.algorithms.evaluation import NO_VALUES
+from fedelta.algorithms.parts import Collect, Encoding, Stage
+from fedelta.algorithms.private import Guard
+from fedelta.core.errors import BadInput
+from fedelta.core.grid import Terms
+from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.parameters import Parameters
+from fedelta.core.program import Sight, Site
+from fedelta.core.seeds import derive, derive_each
+from fedelta.learning.plan import Plan
+from fedelta.learning.training import evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtSite:
+    """What sites know of a federation. `rule` is None where the coordinator has to see every update."""
+
+    algorithm: Algorithm[Any]
+    start: bool  # whether there is a round zero
+    guard: Guard | None
+    stages: Sequence[Stage]
+    encoding: Encoding
+    collect: Collect
+    seed: int
+    plan: Plan
+    rule: Rule | None
+    terms: Callable[[str, Tensors], Terms]  # of requests of a kind, with what all sites get
+
+    def handle(self, request: Request, site: Site) -> Reply:
+        outgoing: Callable[[Request, Site], Tensors]
+        if request.op == "train":
+            outgoing = self._update
+        elif request.op == "evaluate" and self.guard is None:  # no guarantee covers what it tells
+            outgoing = self._evaluation
+        elif request.op == "statistics" and self.start:
+            outgoing = self._statistics
+        else:
+            return self.collect.answer(request, site)
+        return self.collect.handle(
+            request, site, lambda: outgoing(request, site), self.terms(request.op, request.shared)
+        )
+
+    def handle_many(self, requests: Requests, sites: Sequence[Site]) -> Replies:
+        """Train `sites` at once. One summed update goes on where nothing on its way has to see the single ones."""
+        by_example = self.guard is not None and self.guard.privacy.unit == "example"
+        if requests.op != "train" or self.collect.shows is not Sight.EACH or by_example:
+            raise BadInput(f"{requests.op!r} requests under {self.collect} are handled one by one")
+        incoming = IncomingMany(
+            shared=requests.shared,
+            own=requests.bodies,
+            round=requests.round,
+            seed=self.seed,
+            local_seeds=derive_each((self.seed, requests.round), requests.to, ("local",)),
+            plan=self.plan,
+        )
+        updates, errors = self.algorithm.local_many(incoming, sites)
+        rule = self.rule
+        if not self.stages and self.guard is None and self.encoding.linear and isinstance(rule, ManyRule):
+            refused = rule.refuse_many(updates)
+            errors |= {updates.senders[row]: reason for row, reason in refused.items()}
+            updates = updates.without(refused)
+            body = self.encoding.encode(rule.combine(updates)) if len(updates) else {}
+        else:
+            updates = replace(updates, values=updates.values.cpu())
+            by_name = {site.id: site for site in sites}
+            pairs = zip(updates.senders, updates, strict=True)
+            encoded = [self._outgoing(one, by_name[to], requests.shared, requests.round) for to, one in pairs]
+            body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}
+        return Replies(senders=updates.senders, answers=requests.id, round=requests.round, body=body, errors=errors)
+
+    def incoming(self, request: Request) -> Incoming:
+        return Incoming(
+            tensors={**request.shared, **request.body},
+            round=request.round,
+            base=request.base,
+            seed=self.seed,
+            local_seed=derive(self.seed, request.round, request.to, "local"),
+            plan=self.plan,
+        )
+
+    def _update(self, request: Request, site: Site) -> Tensors:
+        incoming = self.incoming(request)
+        if self.guard is not None:
+            private = self.guard.training_at(site, request.shared, request.round)
+            # what dropout hides of a row depends on the others of its batch, which nobody else may know
+            secret = self.guard.entropy == "system" and private is not None
+            seed = secrets.randbits(62) if secret else incoming.local_seed
+            incoming = replace(incoming, private=private, local_seed=seed)
+        return self._outgoing(self.algorithm.local(incoming, site), site, request.shared, request.round)
+
+    def _statistics(self, request: Request, site: Site) -> Tensors:
+        parameters = request.shared["parameters"]
+        guard, task = self.guard, self.algorithm.task
+        if guard is None:
+            return round_zero.statistics(task, parameters, site, self.seed, self.plan).to_tensors()
+        private, noise = guard.moments(request.shared), guard.noise_at(site, request.shared, "statistics")
+        update = round_zero.statistics(task, parameters, site, self.seed, self.plan, private, noise)
+        guard.start_leaves(site, request.shared)
+        return update.to_tensors()
+
+    def _outgoing(self, update: Update, site: Site, told: Tensors, round: int) -> Tensors:
+        for stage in self.stages:
+            update = stage.on_site(update, site)
+        if self.guard is not None:
+            update = self.guard.leaving(update, site, told, round)
+        return self.encoding.encode(update)
+
+    def _evaluation(self, request: Request, site: Site) -> Tensors:
+        held_back = site.data().validation
+        sums: Mapping[str, float] = {}
+        if self.collect.shows is Sight.SUM:  # all have to be of one form: who holds nothing back adds zeros
+            sums = dict.fromkeys(self.algorithm.task.objective.sums, 0.0)
+        if held_back is not None and len(held_back):
+            model, rows = self.algorithm.received(self.incoming(request), site, held_back)
+            sums = evaluate(model, rows, self.algorithm.task.objective, self.plan)
+        return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
