@@ -13,6 +13,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -146,8 +147,8 @@ def table(rounds: Mapping[int, list[Round]]) -> list[str]:
         lines.append("| " + " | ".join([name, *cells]) + " |")
 
     for step, text in TEXT.items():
-        row(f"a site: {text}", lambda one, step=step: 1e3 * median(one.site.seconds[step]), "{:.1f} ms")
-    row("**a site, in all**", lambda one: 1e3 * sum(median(one.site.seconds[step]) for step in TEXT), "{:.0f} ms")
+        row(f"a site: {text}", partial(_of_site, step), "{:.1f} ms")
+    row("**a site, in all**", lambda one: sum(_of_site(step, one) for step in TEXT), "{:.0f} ms")
     row("a site sends, in units of the plain update", lambda one: median(one.up.values()) / one.plain, "{:.3f}")
     row("a site gets", lambda one: median(one.down.values()) / 1e3, "{:.0f} kB")
     row("coordinator: adding a masked update", lambda one: 1e3 * median(one.coordinator.seconds["masked"]), "{:.1f} ms")
@@ -160,6 +161,11 @@ def table(rounds: Mapping[int, list[Round]]) -> list[str]:
         "{:.2f} s",
     )
     return lines
+
+
+def _of_site(step: str, one: Round) -> float:
+    """Milliseconds."""
+    return 1e3 * median(one.site.seconds[step])
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from fedelta.secure.aggregation import SecureAggregation, identities
 NAMES = [f"site-{i}" for i in range(6)]
 SECURE = SecureAggregation()
 TRAINING = Training(optimizer=SGD(lr=0.3), batch=8)
+WHOLE = Training(optimizer=SGD(lr=0.3), batch=10)  # all rows of a site: no batch is drawn at random
 
 
 def rows(name: str) -> SiteData:
@@ -146,7 +147,7 @@ def test_the_bits_are_those_in_the_clear_in_worker_processes_too() -> None:
         {"privacy": SiteLevel(clip=0.5, noise=1e-4, accountant="rdp"), "sampling": Fixed(size=4)},
         {"privacy": SiteLevel(clip=0.5, noise=1e-4, bands=2), "sampling": Cyclic(groups=2)},
         {"privacy": SiteLevel(clip=AdaptiveClip(initial=0.3), noise=1e-4)},
-        {"privacy": ExampleLevel(clip=0.5, noise=1e-4)},
+        {"privacy": ExampleLevel(clip=0.5, noise=1e-4), "algorithm": FedAvg(task=TASK, training=WHOLE)},
         {"privacy": LocalDP(clip=0.5, noise=1e-4)},
     ],
 )
@@ -364,6 +365,7 @@ class Normalised(nn.Module):
         ),
         ({"sampling": Fixed(size=2)}, "asks fewer sites than the 3"),
         ({"sampling": Poisson(rate=0.5), "privacy": SiteLevel(clip=1.0, noise=1.0)}, "shows how many were"),
+        ({"min_sites": 4}, "give least=4 to the collect"),
         ({"plan": Plan(cohort=4)}, "leave Plan.cohort out"),
         ({"encoding": Float32(linear=False)}, "use a linear encoding"),
     ],
@@ -386,7 +388,17 @@ def test_two_sites_are_too_few() -> None:
         ended(program, Local(program, rows, NAMES[:2]))
 
 
-@pytest.mark.parametrize("changes", [{"bits": 16}, {"bound": 0.0}, {"dropouts": 0.5}, {"colluding": -0.1}])
+def test_a_site_insists_on_as_many_sites_as_it_was_set_up_with() -> None:
+    """The cohort that a site is told is the coordinator's word."""
+    careful, lying = (federation(rounds=1, collect=SecureAggregation(least=least)) for least in (5, 3))
+    with pytest.raises(TooFewSites, match=r"0 of 4 sites sent keys.*a sum of 4 sites says too much of each; 5 must be asked"):
+        ended(lying, Local(careful, rows, NAMES[:4]))
+    program = federation(rounds=1, collect=SecureAggregation(least=6))
+    with pytest.raises(TooFewSites, match="5 of 6 sites sent keys, and a secure sum needs 6"):
+        ended(program, Losing(Local(program, rows, NAMES), {"site-2"}, "train/keys", 1))
+
+
+@pytest.mark.parametrize("changes", [{"bits": 16}, {"least": 2}, {"bound": 0.0}, {"dropouts": 0.5}, {"colluding": -0.1}])
 def test_settings_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="SecureAggregation"):
         SecureAggregation(**changes)

@@ -156,6 +156,11 @@ def _check_sums(federation: Parts) -> None:
         )
     if federation.plan.cohort not in (None, 1):
         raise BadInput(f"under {collect} each site trains, and hides what it sends, by itself; leave Plan.cohort out")
+    if federation.min_sites > collect.least:
+        raise UnsoundCombination(
+            f"once {collect} has revealed the sum of fewer than min_sites={federation.min_sites} sites it is too late; "
+            f"leave min_sites out, and give least={federation.min_sites} to the collect"
+        )
     if isinstance(federation.sampling, Fixed) and federation.sampling.size < collect.least:
         raise UnsoundCombination(
             f"{federation.sampling} asks fewer sites than the {collect.least} whose sum {collect} reveals; ask more"

@@ -43,16 +43,18 @@ _NONE = torch.empty(0)
 
 @dataclass(frozen=True, kw_only=True)
 class SecureAggregation:
-    """`bits` of the integers in which updates are added; `bound` and `weight_bound` are those of 32 bits.
+    """How updates are summed, and what the sites insist on.
 
-    Of the sites that are asked, the share `colluding` may work together with the coordinator, and the share `dropouts`
-    may be lost at any step. `identities` has the Ed25519 public key of each site, as hex (see `identities`): without it
-    the guarantee is against a coordinator that keeps to the protocol, and with it against any.
+    `least` is the fewest sites whose sum may be shown; in any case more than two thirds of those that are asked must be
+    in it. `bits` are those of the integers in which updates are added; `bound` and `weight_bound` are the bounds for
+    32 bits (64 take those of the rule). Of the sites that are asked, the share `colluding` may work together with the
+    coordinator, and the share `dropouts` may be lost at any step. `identities` has the Ed25519 public key of each site,
+    as hex (see the function of that name): without it the guarantee is against a coordinator that keeps to the
+    protocol, and with it against any.
     """
 
     shows: ClassVar[Sight] = Sight.SUM
-    least: ClassVar[int] = 3  # of two, each knows the other's update once it knows the sum
-
+    least: int = 3  # of two, each knows the other's update once it knows the sum
     bits: Literal[32, 64] = 64
     bound: float = 1.0  # on every |value| of a difference
     weight_bound: float = 2.0**10  # on a site's weight: how many examples it has, mostly
@@ -61,6 +63,8 @@ class SecureAggregation:
     identities: Mapping[PartyId, str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.least < 3:
+            raise BadInput(f"SecureAggregation.least must be at least 3, got {self.least}: a sum of two tells both")
         if self.bits not in (32, 64):
             raise BadInput(f"SecureAggregation.bits must be 32 or 64, got {self.bits}")
         try:
@@ -138,6 +142,7 @@ class SecureAggregation:
                 shape=lambda listed: self._shape(cohort, listed),
                 identity=Ed25519PrivateKey.generate() if own is None else keys.private_key(own),
                 registry=self._registry,
+                least=self.least,
             ),
         )
         return _session(site, op).own.keys()
@@ -218,6 +223,7 @@ class _Round:
             shape=lambda listed: collect._shape(self.cohort, listed),
             names=requests.to,
             registry=collect._registry,
+            least=collect.least,
         )
 
     def mean(self) -> Replies:

@@ -38,17 +38,19 @@ class Terms:
     context: bytes  # binds job, round, op and attempt; not empty, and never used for a second sum
     cohort: int  # sites that were asked, at least 2
     shape: ShapeRule
+    least: int = 2  # sites in a sum: what a site insists on by itself, as the cohort is the coordinator's word
 
     def __post_init__(self) -> None:
         if not self.context:
             raise BadInput("a secure sum needs a context that no other sum has, got an empty one")
-        if self.cohort < 2:
-            raise BadInput(f"a secure sum is one of 2 sites at least, got a cohort of {self.cohort}; ask more sites")
+        fewest = max(2, self.least)
+        if self.cohort < fewest:
+            raise BadInput(f"a secure sum is of {fewest} sites at least, got a cohort of {self.cohort}; ask more sites")
 
     @property
     def quorum(self) -> int:
         """How many sites must be in the sum, and must have signed that they are."""
-        return quorum(self.cohort)
+        return max(quorum(self.cohort), self.least)
 
     def shape_of(self, listed: int) -> Shape:
         """The shape of a list, with no more neighbours than there are others. Raises TooFewSites where none will do."""

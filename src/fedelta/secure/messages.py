@@ -8,9 +8,10 @@ With n sites on the list, of whom each shares with k, and `in` incoming neighbou
     shares     names [bytes]; encryption, masking,      -                         neighbours [k], shares [k, 82]
                identity [n, 32]; signature [n, 64]                                commitment [32]
     masked     alive [n]                                from [in]                 the vectors, by their names
-                                                        shares [in, 82]
+                                                        shares [in, 82]           signature [64]
     survivors  survivors [n]                            -                         signature [64]
-    reveal     signers [m]; signatures [m, 64]          -                         shares [in, 33], as in `from`
+    reveal     signers [m]; signatures [m, 64]          alive [in, 64]: of those  shares [in, 33], as in `from`
+                                                        that survived
 
 Everything here is public. Whoever reads a message checks names, dtypes and sizes before anything is made of them, and
 refuses tensors that do not belong to it; BadTensors says in one sentence what was wrong. Octets are uint8; indices

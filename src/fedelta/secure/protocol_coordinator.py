@@ -123,8 +123,9 @@ class CoordinatorSum:
         names: Sequence[str],
         registry: Registry | None = None,
         form: Form | None = None,
+        least: int = 2,
     ) -> None:
-        self._terms = Terms(context=context, cohort=cohort, shape=shape)
+        self._terms = Terms(context=context, cohort=cohort, shape=shape, least=least)
         if len(set(names)) < len(names) or len(names) > cohort:
             raise BadInput(
                 f"a secure sum is over distinct names, at most the {cohort} that were asked, got {short(list(names))}"
@@ -256,15 +257,15 @@ class CoordinatorSum:
     def _take_masked(self, sender: str, reply: Tensors) -> None:
         vectors = arrays_of({name: tensor for name, tensor in reply.items() if name != SIGNATURE})
         form = form_of(vectors)
-        if self._form is None:
-            self._form = form
-        if form != self._form:
-            raise BadTensors(f"the masked vectors of {short(sender)} are {short(form)}, and not {short(self._form)}")
         index = self._graph.index[sender]
         signature = bytes_of(reply, SIGNATURE, SIGNATURE_BYTES) if SIGNATURE in reply else b""
         text = alive_text(self._graph.digest, self._graph.alive, len(self._graph.listed))
         if not signed(self._keys[sender].identity, signature, text):
             raise BadTensors(f"{short(sender)} has not signed the set of sites that it was told are alive")
+        if self._form is None:
+            self._form = form
+        if form != self._form:
+            raise BadTensors(f"the masked vectors of {short(sender)} are {short(form)}, and not {short(self._form)}")
         self._alike[index] = signature
         for name, vector in vectors.items():
             if name in self._sums:

@@ -121,10 +121,11 @@ class SiteSum:
     """One site's part in one sum. It lies in memory only: it cannot be pickled or copied, and shows no secrets.
 
     `context` is what this sum has and no other (job, round, op, attempt), `cohort` the number of sites asked, `shape`
-    the rule for the graph. `identity` signs; with `registry` (name -> public key) each identity must be the one that is
-    registered. Every method raises FedeltaError, in one sentence, for what is out of order, malformed (BadTensors), of
-    too few sites (TooFewSites) or could serve to unmask a site. A step that was refused ends the sum, and the secrets
-    are dropped with it; a call out of order changes nothing.
+    the rule for the graph, `least` the fewest sites whose sum it helps to show. `identity` signs; with `registry`
+    (name -> public key) each identity must be the one that is registered. Every method raises FedeltaError, in one
+    sentence, for what is out of order, malformed (BadTensors), of too few sites (TooFewSites) or could serve to unmask
+    a site. A step that was refused ends the sum, and the secrets are dropped with it; a call out of order changes
+    nothing.
     """
 
     def __init__(
@@ -136,8 +137,9 @@ class SiteSum:
         shape: ShapeRule,
         identity: Ed25519PrivateKey,
         registry: Registry | None = None,
+        least: int = 2,
     ) -> None:
-        self._terms = Terms(context=context, cohort=cohort, shape=shape)
+        self._terms = Terms(context=context, cohort=cohort, shape=shape, least=least)
         self._name, self._identity, self._registry = name, identity, registry
         self._state: _State = _New()
 
