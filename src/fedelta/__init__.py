@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedelta.adapters.offsite import OffsiteTuning as OffsiteTuning
     from fedelta.adapters.rolora import RoLoRA as RoLoRA
     from fedelta.aggregation.mean import Mean as Mean
+    from fedelta.aggregation.norm_bound import NormBound as NormBound
     from fedelta.algorithms.fedavg import FedAvg as FedAvg
     from fedelta.algorithms.federation import Federation as Federation
     from fedelta.algorithms.fedopt import FedAdagrad as FedAdagrad
@@ -122,6 +123,7 @@ _HOME = {
     "adapters.hetlora": ["HetLoRA"],
     "adapters.lora_fair": ["LoRAFAIR"],
     "aggregation.mean": ["Mean"],
+    "aggregation.norm_bound": ["NormBound"],
     "algorithms.fedavg": ["FedAvg"],
     "algorithms.federation": ["Federation"],
     "algorithms.fedopt": ["FedAdagrad", "FedAdam", "FedAvgM", "FedOpt", "FedYogi"],

@@ -26,13 +26,16 @@ from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Report, Site, SiteData, run
 from fedelta.core.seeds import derive
 from fedelta.fleet.local import Local
-from fedelta.learning.closed_form import LDA
+from fedelta.learning.closed_form import LDA, Ridge
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
+from fedelta.privacy.example_level import ExampleLevel
+from fedelta.privacy.site_level import SiteLevel
+from fedelta.secure.aggregation import SecureAggregation
 from small_task import plain_task, site_data, task
 
 TRAINING = Training(optimizer=SGD(lr=0.1), batch=4)
@@ -135,6 +138,70 @@ def test_the_bytes_are_those_of_the_run(program: Federation[Any]) -> None:
     assert all(check.holds for check in found.checks)
 
 
+def plain(**changes: Any) -> Federation[Any]:
+    return federation(FedAvg(task=plain_task(), training=TRAINING), **{"collect": SecureAggregation(), **changes})
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        plain(),
+        plain(collect=SecureAggregation(bits=32), validate_at_sites=True, evaluate_every=2),
+        plain(sampling=Fixed(size=5), start=LDA()),
+        plain(sampling=Poisson(rate=0.5), rounds=8),
+        plain(
+            privacy=ExampleLevel(clip=1.0, noise=1.0), collect=SecureAggregation(bits=32), evaluate_every=9, rounds=1
+        ),
+        plain(collect=SecureAggregation(least=6), sampling=Poisson(rate=0.9), rounds=5),
+        plain(privacy=SiteLevel(clip=1.0, noise=1.0), start=Ridge(), rounds=2),
+    ],
+    ids=["64 bits", "32 bits", "sampled", "poisson", "examples", "six at least", "sites"],
+)
+def test_the_bytes_are_those_of_secure_sums(program: Federation[Any]) -> None:
+    found, happened = told(program), reports(program)
+    assert sent(found) == sent(happened)
+    assert all(check.holds for check in found.checks)
+    assert found.bearing is not None
+
+
+@pytest.mark.parametrize("fails", [{"s5": "silent"}, {"s5": "empty"}, {"s4": "silent", "s1": "empty"}], ids=str)
+def test_the_bytes_of_secure_sums_without_some_sites(fails: dict[str, str]) -> None:
+    names = [f"s{number}" for number in range(9)]
+
+    def load(name: str) -> object:
+        if fails.get(name) == "silent":
+            raise FileNotFoundError(2, "No such file or directory", "rows.csv")
+        return DATA["site-0"][: 0 if name in fails else None]
+
+    program = plain(rounds=2, validate_at_sites=True)
+    found, happened = told(program, load, names), reports(program, load, names)
+    assert sent(found) == sent(happened)
+    assert happened[-1].absent.keys() == fails.keys()
+    assert all(check.holds for check in found.checks)
+
+
+def test_a_sum_that_too_few_answer_is_seen_before_the_run() -> None:
+    def load(name: str) -> object:
+        return DATA[name][:0] if name in ("site-1", "site-2") else DATA[name]
+
+    program = plain(rounds=1)
+    found, (happened,) = told(program, load), reports(program, load)
+    assert sent(found) == sent([happened])
+    assert len(happened.absent) == len(NAMES)
+    (check,) = (check for check in found.checks if not check.holds)
+    assert "round 1: 4 of 6 sites can answer, and a secure sum needs 5" in check.found
+
+
+def test_the_bytes_of_a_sum_of_many_sites() -> None:
+    """Each draws whom it shares with: the digits of how many drew a site are all that is not known."""
+    names = [f"s{number}" for number in range(66)]
+    program = plain(rounds=1, collect=SecureAggregation(colluding=0.02, dropouts=0.02))
+    ((_, down, up),) = sent(told(program, lambda _: DATA["site-0"], names))
+    ((_, really_down, really_up),) = sent(reports(program, lambda _: DATA["site-0"], names))
+    assert abs(down - really_down) <= 16 * len(names)
+    assert abs(up - really_up) <= 16 * len(names)
+
+
 @settings(max_examples=10)
 @given(
     sampling=st.one_of(
@@ -193,6 +260,8 @@ def test_too_few_sites_are_seen_before_the_run() -> None:
         reports(program, broken)
     with pytest.raises(TooFewSites, match="min_sites=7"):
         told(federation(min_sites=7))
+    with pytest.raises(TooFewSites, match=r"3 under SecureAggregation\("):
+        told(plain(), held, NAMES[:2])
     with pytest.raises(BadInput, match=r"no site can train; site-1: .*No such file"):
         told(federation(), broken, ["site-1", "site-2"])
 

@@ -1,12 +1,14 @@
 """Round zero in a federation: whatever the split, the head of the pooled rows."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import RidgeClassifier
 from torch import nn
 
 from fedelta.algorithms import round_zero
@@ -87,6 +89,16 @@ def test_it_is_scikit_learns_head_on_the_features_of_the_model_that_goes_out():
         features = module[:-1](POOL.inputs["x"])
     reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(features.double(), POOL.targets)
     found = head(program, site_data())
+    torch.testing.assert_close(found.weight, torch.from_numpy(reference.coef_).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.bias, torch.from_numpy(reference.intercept_).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_is_nothing_but_a_head():
+    task = Task(model=partial(nn.Linear, POOL.inputs["x"].shape[1], 3), objective=Classification(classes=3))
+    program = federation(task, start=Ridge())
+    ((state, _),) = run(program, Local(program, site_data().__getitem__, list(site_data())))
+    reference = RidgeClassifier().fit(POOL.inputs["x"].double(), POOL.targets)
+    found = program.model(state)
     torch.testing.assert_close(found.weight, torch.from_numpy(reference.coef_).float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.bias, torch.from_numpy(reference.intercept_).float(), rtol=1e-4, atol=1e-4)
 

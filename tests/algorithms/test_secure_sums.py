@@ -1,5 +1,6 @@
 """A federation whose coordinator sees sums only, against the same federation in the clear."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,14 +15,14 @@ from fedelta.adapters.flexlora import FlexLoRA
 from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.algorithms.fedopt import FedAdam, FedOpt
-from fedelta.algorithms.parts import Clear, Float32
+from fedelta.algorithms.parts import Clear, Collect, Float32
 from fedelta.algorithms.sampling import Cyclic, Fixed, Poisson
 from fedelta.core.errors import BadInput, RoundLost, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms
 from fedelta.core.keys import new_key
-from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
-from fedelta.core.program import Report, SiteData, run
+from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests
+from fedelta.core.program import Report, Site, SiteData, run
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
 from fedelta.learning.closed_form import Ridge
@@ -32,7 +33,7 @@ from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.privacy.clipping import AdaptiveClip
-from fedelta.privacy.example_level import ExampleLevel
+from fedelta.privacy.example_level import ROWS, ExampleLevel
 from fedelta.privacy.ledger import MemoryLedger
 from fedelta.privacy.local_dp import LocalDP
 from fedelta.privacy.site_level import SiteLevel
@@ -144,7 +145,6 @@ def test_the_bits_are_those_in_the_clear_in_worker_processes_too() -> None:
     "changes",
     [
         {"privacy": SiteLevel(clip=0.5, noise=1e-4)},
-        {"privacy": SiteLevel(clip=0.5, noise=1e-4, accountant="rdp"), "sampling": Fixed(size=4)},
         {"privacy": SiteLevel(clip=0.5, noise=1e-4, bands=2), "sampling": Cyclic(groups=2)},
         {"privacy": SiteLevel(clip=AdaptiveClip(initial=0.3), noise=1e-4)},
         {"privacy": ExampleLevel(clip=0.5, noise=1e-4), "algorithm": FedAvg(task=TASK, training=WHOLE)},
@@ -298,7 +298,7 @@ def test_what_the_coordinator_gets_of_a_site_is_noise() -> None:
 
 def test_a_site_whose_update_is_out_of_bounds_is_absent_and_the_sum_does_not_wrap() -> None:
     program = federation(rounds=1, collect=SecureAggregation(bits=32, bound=1e-3))
-    with pytest.raises(TooFewSites, match=r"\|value\| has to be at most 0.001"):
+    with pytest.raises(TooFewSites, match=r"its difference goes beyond 0\.001"):
         ended(program)
 
 
@@ -364,7 +364,14 @@ class Normalised(nn.Module):
             "reveals only their sum; use Clear",
         ),
         ({"sampling": Fixed(size=2)}, "asks fewer sites than the 3"),
-        ({"sampling": Poisson(rate=0.5), "privacy": SiteLevel(clip=1.0, noise=1.0)}, "shows how many were"),
+        (
+            {"sampling": Poisson(rate=0.5), "privacy": SiteLevel(clip=1.0, noise=1.0)},
+            "all who were asked know each other",
+        ),
+        (
+            {"sampling": Fixed(size=4), "privacy": SiteLevel(clip=1.0, noise=1.0, accountant="rdp")},
+            "all who were asked know each other",
+        ),
         ({"min_sites": 4}, "give least=4 to the collect"),
         ({"plan": Plan(cohort=4)}, "leave Plan.cohort out"),
         ({"encoding": Float32(linear=False)}, "use a linear encoding"),
@@ -388,17 +395,194 @@ def test_two_sites_are_too_few() -> None:
         ended(program, Local(program, rows, NAMES[:2]))
 
 
+@pytest.mark.parametrize("guaranteed", [False, True])
+def test_under_a_guarantee_no_reason_of_a_site_is_told(guaranteed: bool) -> None:
+    privacy = ExampleLevel(clip=0.5, noise=1.0) if guaranteed else None
+    program = federation(rounds=1, collect=SecureAggregation(bits=32, bound=1e-4), privacy=privacy)
+    with pytest.raises(TooFewSites, match="no guarantee covers why" if guaranteed else "goes beyond 0.0001"):
+        ended(program)
+
+
+def test_a_site_that_is_sent_another_model_than_the_others_is_not_summed() -> None:
+    """With a model on which all others learn nothing, the sum would be the update of one."""
+    program = federation(rounds=1)
+
+    @dataclass
+    class Inconsistent(Losing):
+        """The coordinator of the others is honest; one site gets `body` or `shared` of another."""
+
+        kind: str = "body"
+
+        def submit_many(self, requests: Requests, together: int) -> None:
+            if requests.op != "train":
+                self.fleet.submit_many(requests, together)
+                return
+            other = {"parameters": torch.zeros_like(requests.shared["parameters"])}
+            for request in requests:
+                if request.to == "site-1" and self.kind == "body":
+                    request = replace(request, body=other)
+                elif request.to == "site-1":
+                    request = replace(request, shared=other)
+                self.fleet.submit(request)
+
+    for kind, reason in (("body", "apart from all others"), ("shared", "or its task")):
+        _, (report,) = ended(program, Inconsistent(Local(program, rows, NAMES), (), "", 0, kind=kind))
+        assert list(report.absent) == ["site-1"]
+        assert reason in report.absent["site-1"]
+
+
+@dataclass
+class Altering(Losing):
+    """A fleet in which the answers of `sites` to requests of kind `step` are altered on their way."""
+
+    def altered(self, body: dict[str, Tensor]) -> dict[str, Tensor]:
+        return body
+
+    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
+        reply = self.fleet.next_reply(timeout_s)
+        if (
+            isinstance(reply, Reply)
+            and reply.sender in self.sites
+            and reply.answers.startswith(f"/{self.round}/train/0")
+        ):
+            return replace(reply, body=self.altered({name: tensor.clone() for name, tensor in reply.body.items()}))
+        return reply
+
+
+class Fractional(Altering):
+    """Adds one half to the number of sites that an update is of."""
+
+    def altered(self, body: dict[str, Tensor]) -> dict[str, Tensor]:
+        numbers: list[str] = json.loads(bytes(body["form"].tolist()))[2]
+        body["numbers"][3 * numbers.index("count") + 1] += 2**25
+        return body
+
+
+def test_a_lie_that_spoils_the_sum_costs_a_round_and_not_the_run() -> None:
+    program = federation(rounds=3)
+    found = list(run(program, Fractional(Local(program, rows, NAMES), ["site-1"], "", 2)))
+    assert [state.round for state, _ in found] == [1, 2, 3]
+    assert set(found[1][1].absent) == set(NAMES)
+    assert not found[2][1].absent
+
+
+class Counting(Altering):
+    said: float = 0.0
+
+    def altered(self, body: dict[str, Tensor]) -> dict[str, Tensor]:
+        body[PUBLIC + ROWS] = torch.tensor(self.said, dtype=torch.float64)
+        return body
+
+
+@pytest.mark.parametrize("said", [float("nan"), float("inf"), -3.0, 0.0, 1.5, 1e300])
+def test_a_site_that_says_nonsense_of_its_rows_is_absent(said: float) -> None:
+    program = federation(rounds=1, privacy=ExampleLevel(clip=0.5, noise=1.0))
+    fleet = Counting(Local(program, rows, NAMES), ["site-1"], "", 1)
+    fleet.said = said
+    _, (report,) = ended(program, fleet)
+    assert list(report.absent) == ["site-1"]
+
+
+class First(Altering):
+    """A site that is quick, and sends another form than the others."""
+
+    def altered(self, body: dict[str, Tensor]) -> dict[str, Tensor]:
+        form = torch.tensor(list(json.dumps([{"difference": 3}, {}, ["weight"]]).encode()), dtype=torch.uint8)
+        return {**body, "form": form}
+
+
+def test_the_form_of_most_counts_and_not_that_of_the_first() -> None:
+    program = federation(rounds=1)
+    _, (report,) = ended(program, First(Local(program, rows, NAMES), ["site-0"], "", 1))
+    assert report.absent == {"site-0": "its masked update is of another form than most"}
+
+
+def test_why_the_work_of_a_site_failed_does_not_leave_it(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss that is told would be that of the site alone, on a model that the coordinator chooses."""
+    wild = FedAvg(task=TASK, training=Training(optimizer=SGD(lr=1e38), batch=8, epochs=9))
+    program = federation(algorithm=wild, rounds=1)
+    with pytest.raises(TooFewSites, match="why is in its own log") as caught:
+        ended(program)
+    assert "its loss became" not in str(caught.value)
+    assert "site-0: its loss became" in caplog.text
+
+
+def test_a_site_works_once_for_a_round_whether_it_fails_or_not() -> None:
+    """Whether an update is within its bounds is an answer, too, about a model that the coordinator chooses."""
+    program = federation(rounds=1, collect=SecureAggregation(bits=32, bound=1e-4))
+    fleet = Local(program, rows, NAMES)
+    with pytest.raises(TooFewSites, match="goes beyond"):
+        ended(program, fleet)
+    shared = {"parameters": weights(program, program.init())}
+    again = Request(to="site-0", op="train", round=1, attempt=0, shared=shared)
+    fleet.submit(again)
+    reply = fleet.next_reply()
+    assert isinstance(reply, Reply)
+    assert "works on it once" in str(reply.error)
+    _, report = next(run(program, fleet))
+    assert "never sends it twice" in report.absent["site-3"]
+
+
+def test_a_session_is_of_one_round_and_attempt() -> None:
+    program = federation()
+    site = Site(id="site-0", data=lambda: rows("site-0"))
+    keys = {"cohort": torch.tensor(6)}
+    program.handle(Request(to="site-0", op="train/keys", round=5, shared=keys), site)
+    for other in ({"round": 6}, {"round": 5, "attempt": 1}, {"round": 5, "job": "another"}):
+        request = Request(to="site-0", op="train", shared={"parameters": torch.zeros(1)}, **other)
+        with pytest.raises(BadInput, match="knows of no secure sum"):
+            program.handle(request, site)
+
+
+def test_a_model_is_measured_once_by_each_site() -> None:
+    """Exact sums of one model by two sets of sites would be those of the sites that one of them lacks."""
+    program = federation(rounds=3, validate_at_sites=True)
+    fleet = Losing(Local(program, rows, NAMES), set(NAMES[:4]), "train/survivors", 2)
+    measured = [any(name.startswith("validation") for name in report.metrics) for _, report in run(program, fleet)]
+    assert measured == [True, False, True]
+
+
+@pytest.mark.parametrize("collect", [SECURE, Clear()])
+def test_what_was_not_declared_is_not_measured(collect: Collect) -> None:
+    program = federation(collect=collect)
+    fleet = Local(program, rows, NAMES)
+    fleet.submit(Request(to="site-1", op="evaluate", round=1, shared={"parameters": torch.zeros(1)}))
+    reply = fleet.next_reply()
+    assert isinstance(reply, Reply)
+    assert "knows no 'evaluate' request" in str(reply.error)
+
+
+def test_a_request_without_a_model_is_refused_and_no_bug_of_the_site() -> None:
+    program = federation(collect=Clear(), start=Ridge())
+    for op in ("train", "statistics"):
+        fleet = Local(program, rows, NAMES)
+        fleet.submit(Request(to="site-1", op=op, round=1))
+        reply = fleet.next_reply()
+        assert isinstance(reply, Reply)
+        assert "the request lacks 'parameters'" in str(reply.error)
+
+
+def test_groups_that_are_too_small_for_a_sum_end_the_run_at_once() -> None:
+    program = federation(sampling=Cyclic(groups=3))
+    with pytest.raises(TooFewSites, match=r"asks 2 sites in a round, and a sum is of 3; ask more"):
+        ended(program)
+
+
 def test_a_site_insists_on_as_many_sites_as_it_was_set_up_with() -> None:
     """The cohort that a site is told is the coordinator's word."""
     careful, lying = (federation(rounds=1, collect=SecureAggregation(least=least)) for least in (5, 3))
-    with pytest.raises(TooFewSites, match=r"0 of 4 sites sent keys.*a sum of 4 sites says too much of each; 5 must be asked"):
+    with pytest.raises(
+        TooFewSites, match=r"0 of 4 sites sent keys.*a sum of 4 sites says too much of each; 5 must be asked"
+    ):
         ended(lying, Local(careful, rows, NAMES[:4]))
     program = federation(rounds=1, collect=SecureAggregation(least=6))
     with pytest.raises(TooFewSites, match="5 of 6 sites sent keys, and a secure sum needs 6"):
         ended(program, Losing(Local(program, rows, NAMES), {"site-2"}, "train/keys", 1))
 
 
-@pytest.mark.parametrize("changes", [{"bits": 16}, {"least": 2}, {"bound": 0.0}, {"dropouts": 0.5}, {"colluding": -0.1}])
+@pytest.mark.parametrize(
+    "changes", [{"bits": 16}, {"least": 2}, {"bound": 0.0}, {"dropouts": 0.5}, {"colluding": -0.1}]
+)
 def test_settings_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="SecureAggregation"):
         SecureAggregation(**changes)
@@ -407,4 +591,4 @@ def test_settings_are_checked(changes: dict[str, Any]) -> None:
 def test_the_resolution_is_that_of_the_mean() -> None:
     mean = Federation.aggregation.fget(in_the_clear(federation()))  # type: ignore[attr-defined]
     assert SECURE.resolution(100, mean.terms) == mean.resolution(100)
-    assert SecureAggregation(bits=32).resolution(100, Terms()) == 2.0**-13
+    assert SecureAggregation(bits=32).resolution(100, Terms()) == 2.0**-11

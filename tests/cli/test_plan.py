@@ -109,7 +109,9 @@ def test_what_is_printed(
     assert "rows 10 30 50" in lines
     assert "steps of training a round 2 4 7" in lines
     assert "8/2 Mbit/s, 20 ms" in printed
-    assert "each site's update in the clear; each site's evaluation; its own test set of 200 rows" in " ".join(lines)
+    assert "besides, the coordinator gets each site's evaluation; its own test set of 200 rows" in lines
+    assert any(line.startswith("the coordinator sees each site's update in the clear, its number of") for line in lines)
+    assert any(line.startswith("an eavesdropper sees all that travels, each update in the clear") for line in lines)
     assert any(line.startswith("s5 will not answer: ") and "s5.csv is not there" in line for line in lines)
     assert max(map(len, printed.splitlines()[:-2])) <= 100
 

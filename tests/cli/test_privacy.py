@@ -216,14 +216,19 @@ def planned(capfd: pytest.CaptureFixture[str], experiment: Path, *settings: str)
 @pytest.mark.parametrize(
     ("settings", "coordinator", "models"),
     [
-        (["UNIT=site"], "NOT protected from: it gets each update; it is trusted to add the noise", "protected from"),
+        (
+            ["UNIT=site"],
+            "NOT protected from: it gets each site's update in the clear, cut to a norm, no loss and no number of "
+            "rows; it is trusted to add the noise",
+            "protected from",
+        ),
         (
             ["UNIT=site", "RATE=0.5"],
             "tell nobody which",
             "protected from as long as it does not learn who was asked",
         ),
-        (["UNIT=local"], "protected from: what it gets is noised; it learns who took part", "protected from"),
-        (["UNIT=none"], "sees each update; nothing bounds", "nothing bounds what they tell about a row"),
+        (["UNIT=local"], "protected from: it gets each site's update with its noise", "protected from"),
+        (["UNIT=none"], "sees each site's update in the clear", "nothing bounds what they tell about a row"),
     ],
     ids=str,
 )
@@ -231,9 +236,9 @@ def test_a_plan_says_who_is_protected_from_whom(
     experiment: Path, capfd: pytest.CaptureFixture[str], settings: list[str], coordinator: str, models: str
 ) -> None:
     _, told = planned(capfd, experiment, *settings)
-    found = told["privacy"]
-    assert coordinator in found["trust"]["the coordinator"]
-    assert found["trust"]["whoever sees the models"] == models
+    found, trust = told["privacy"], told["trust"]
+    assert coordinator in trust["the coordinator"]
+    assert trust["whoever sees the models"] == models
     leaving = {piece["name"] for piece in told["leaves_a_site"]}
     assert ("sum/loss" in leaving) == ("UNIT=none" in settings)
     if "UNIT=none" in settings:

@@ -27,6 +27,7 @@ def card(**changes: object) -> Card:
         "algorithm": "FlexLoRA",
         "sites": 4,
         "privacy": "not bounded: nobody looked",
+        "updates": "under masks",
         "library": "peft",
         "ranks": {"first": 8, "second": 8, "third": 4},
         "tiers": {"phone": 2},
@@ -53,6 +54,7 @@ def test_the_card_has_every_fact_of_the_run() -> None:
     assert rows["rounds"] == "1 round, after a head in closed form"
     assert (rows["sent by all sites"], rows["received by all sites"]) == ("1.10 KB", "3.20 KB")
     assert (rows["test accuracy"], rows["test loss"]) == ("87.5%", "0.2500")
+    assert rows["updates reached the coordinator"] == "under masks"
     assert rows["privacy spent"].startswith("not bounded")
     assert "fedelta 1.2.3" in body
     assert "PeftModel.from_pretrained" in body

@@ -124,6 +124,28 @@ def test_on_a_terminal_the_sites_of_a_round_are_counted() -> None:
     assert "train: 2/3 sites" in output.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("requested", "shown"),
+    [
+        (["train/keys"], "train, keys"),
+        (["train/keys", "train/shares", "train"], "train: 3/3 sites"),
+        (["train/masked", "train", "train/reveal"], "train: 3/3 sites, reveal"),
+        (["train", "evaluate/keys"], "train: 3/3 sites  evaluate, keys"),
+        (["train", "evaluate/keys", "evaluate"], "train: 3/3 sites  evaluate: 3/3 sites"),
+    ],
+    ids=str,
+)
+def test_who_answers_a_step_on_the_way_has_not_answered_yet(requested: list[str], shown: str) -> None:
+    output = io.StringIO()
+    with Progress(2, console=terminal(output)) as progress:
+        fleet = progress.watch(Echo("a", "b", "c"))
+        for op in requested:
+            fleet.submit_many(Requests(to=fleet.parties(), op=op, round=1), 1)
+            while fleet.next_reply() is not None:
+                pass
+    assert output.getvalue().rpartition("0/2")[2].splitlines()[0].strip() == shown
+
+
 def test_on_a_terminal_the_last_value_of_each_metric_is_kept() -> None:
     output = io.StringIO()
     with Progress(2, console=terminal(output)) as progress:

@@ -276,28 +276,31 @@ def test_two_sets_of_survivors_for_two_sites(new_sum):
 
 
 @pytest.mark.parametrize("shape", [None, Shape(8, 5)])
-def test_a_site_that_was_told_of_other_sites_alive_is_not_unmasked(new_sum, shape):
-    """It has no mask with a neighbour that was hidden from it, which must not help to take off the mask that is left."""
+@pytest.mark.parametrize("lie", ["alive", "asked"])
+def test_a_site_that_was_told_of_other_sites_or_asked_for_other_work_is_not_unmasked(new_sum, shape, lie):
+    """It has no mask with a neighbour that was hidden from it, which must not help to take off the last mask."""
     summed = new_sum(12, shape)
     asked = summed.until("masked")
-    victim, hidden = "site 3", 7
-    told = asked.bodies[victim]
-    kept = [row for row, i in enumerate(told["from"].tolist()) if i != hidden]
-    asked.bodies[victim] = {"from": told["from"][kept], "shares": told["shares"][kept]}
-    false = flags(*(i for i in range(12) if i != hidden), sites=12)
-    answer = summed.answer(victim, asked, alive=false)
-    with pytest.raises(BadTensors, match="site 3. has not signed the set of sites that it was told are alive"):
+    victim, told = "site 3", asked.bodies["site 3"]
+    if lie == "alive":
+        kept = [row for row, i in enumerate(told["from"].tolist()) if i != 7]
+        asked.bodies[victim] = {"from": told["from"][kept], "shares": told["shares"][kept]}
+        answer = summed.answer(victim, asked, alive=flags(*(i for i in range(12) if i != 7), sites=12))
+    else:
+        answer = summed.site[victim].masked({**asked.shared, **told}, summed.inputs[victim], b"another model")
+    with pytest.raises(BadTensors, match="has not signed the set of sites that it was told are alive, or its task"):
         summed.coordinator.take(victim, answer)
     summed.answer_all(asked, [name for name in summed.names if name != victim])
     # a coordinator that goes on all the same
-    summed.coordinator._survivors.add(3)
+    (part,) = summed.coordinator._parts.values()
+    part.members.add(3)
     summed.coordinator._alike[3] = bytes_of(answer, "signature", 64)
     summed.answer_all(summed.coordinator.ask(), [name for name in summed.names if name != victim])
     asked = summed.coordinator.ask()
     holders = [j for j in asked.bodies if 3 in summed.coordinator._graph.incoming[summed.names.index(j)]]
     assert holders
     for name in holders:
-        refused(summed, name, asked, "site 3. has not signed that it was told of the same sites")
+        refused(summed, name, asked, "has not signed that it was told of the same sites, and asked the same")
 
 
 def test_a_site_signs_one_set(new_sum):

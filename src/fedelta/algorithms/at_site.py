@@ -4,12 +4,15 @@ What comes in is trained on (or measured, or summed up), passes through the stag
 handed to the collect.
 """
 
+import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedelta.aggregation.rule import ManyRule, Rule
 from fedelta.algorithms import round_zero
@@ -17,7 +20,7 @@ from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.parts import Collect, Encoding, Stage
 from fedelta.algorithms.private import Guard
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, BadTensors, FedeltaError, TrainingFailed
 from fedelta.core.grid import Terms
 from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Parameters
@@ -26,6 +29,8 @@ from fedelta.core.seeds import derive, derive_each
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AtSite:
@@ -33,6 +38,7 @@ class AtSite:
 
     algorithm: Algorithm[Any]
     start: bool  # whether there is a round zero
+    validates: bool  # whether sites measure on what they hold back
     guard: Guard | None
     stages: Sequence[Stage]
     encoding: Encoding
@@ -46,7 +52,7 @@ class AtSite:
         outgoing: Callable[[Request, Site], Tensors]
         if request.op == "train":
             outgoing = self._update
-        elif request.op == "evaluate" and self.guard is None:  # no guarantee covers what it tells
+        elif request.op == "evaluate" and self.validates:
             outgoing = self._evaluation
         elif request.op == "statistics" and self.start:
             outgoing = self._statistics
@@ -86,7 +92,7 @@ class AtSite:
 
     def incoming(self, request: Request) -> Incoming:
         return Incoming(
-            tensors={**request.shared, **request.body},
+            tensors=_Sent({**request.shared, **request.body}),
             round=request.round,
             base=request.base,
             seed=self.seed,
@@ -102,16 +108,20 @@ class AtSite:
             secret = self.guard.entropy == "system" and private is not None
             seed = secrets.randbits(62) if secret else incoming.local_seed
             incoming = replace(incoming, private=private, local_seed=seed)
-        return self._outgoing(self.algorithm.local(incoming, site), site, request.shared, request.round)
+        with self._withheld(site):
+            update = self.algorithm.local(incoming, site)
+        return self._outgoing(update, site, request.shared, request.round)
 
     def _statistics(self, request: Request, site: Site) -> Tensors:
-        parameters = request.shared["parameters"]
+        parameters = _Sent(request.shared)["parameters"]
         guard, task = self.guard, self.algorithm.task
-        if guard is None:
-            return round_zero.statistics(task, parameters, site, self.seed, self.plan).to_tensors()
-        private, noise = guard.moments(request.shared), guard.noise_at(site, request.shared, "statistics")
-        update = round_zero.statistics(task, parameters, site, self.seed, self.plan, private, noise)
-        guard.start_leaves(site, request.shared)
+        private, noise = None, None
+        if guard is not None:
+            private, noise = guard.moments(request.shared), guard.noise_at(site, request.shared, "statistics")
+        with self._withheld(site):
+            update = round_zero.statistics(task, parameters, site, self.seed, self.plan, private, noise)
+        if guard is not None:
+            guard.start_leaves(site, request.shared)
         return update.to_tensors()
 
     def _outgoing(self, update: Update, site: Site, told: Tensors, round: int) -> Tensors:
@@ -127,6 +137,27 @@ class AtSite:
         if self.collect.shows is Sight.SUM:  # all have to be of one form: who holds nothing back adds zeros
             sums = dict.fromkeys(self.algorithm.task.objective.sums, 0.0)
         if held_back is not None and len(held_back):
-            model, rows = self.algorithm.received(self.incoming(request), site, held_back)
-            sums = evaluate(model, rows, self.algorithm.task.objective, self.plan)
+            with self._withheld(site):
+                model, rows = self.algorithm.received(self.incoming(request), site, held_back)
+                sums = evaluate(model, rows, self.algorithm.task.objective, self.plan)
         return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
+
+    @contextmanager
+    def _withheld(self, site: Site) -> Iterator[None]:
+        """Why this site's work fails may tell of its rows: where those are hidden, that stays in the site's own log."""
+        try:
+            yield
+        except (FedeltaError, OSError) as error:
+            if self.guard is None and self.collect.shows is Sight.EACH:
+                raise
+            _LOG.warning("%s: %s", site.id, error)
+            raise TrainingFailed(
+                "it could not do its work; why is in its own log, as it may tell of its rows"
+            ) from None
+
+
+class _Sent(dict[str, Tensor]):
+    """Tensors of a request; what is not among them was left out by the coordinator."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise BadTensors(f"the request lacks {name!r}")

@@ -26,14 +26,14 @@ from fedelta.algorithms.at_site import AtSite
 from fedelta.algorithms.mechanism import Entropy, Privacy, scheme
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.private import Guard
-from fedelta.algorithms.sampling import All, Sampling
+from fedelta.algorithms.sampling import All, Poisson, Sampling
 from fedelta.algorithms.stopping import Best, Stop
 from fedelta.algorithms.tally import Tally, bodies, parted
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BadTensors, RoundLost, TooFewSites
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms
-from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.messages import MOST, PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.release import Ledger
@@ -154,6 +154,8 @@ class Federation(Generic[S]):
         trained, waited = time.perf_counter(), tally.waited
         answered = {} if zeroth else dict.fromkeys(tally.answered, round)
         after = replace(after, round=round, started=True, bases={**state.bases, **answered})
+        # twice the sums of one model, of which one lacks a site, would be that of the site
+        tally.validated = self.collect.shows is Sight.EACH or after.algorithm is not state.algorithm
         after, metrics = self._judged(after, metrics, fleet, tally)
         seconds = {"sites": waited, "aggregation": trained - began - waited}
         seconds["evaluation"] = time.perf_counter() - trained
@@ -216,6 +218,10 @@ class Federation(Generic[S]):
     ) -> tuple[FederationState[S], dict[str, float]]:
         """The state after the cohort has trained, and the metrics of that training."""
         cohort, algorithm = tally.cohort, state.algorithm
+        if len(cohort) < self.collect.least and not isinstance(self.sampling, Poisson):
+            raise TooFewSites(
+                f"{self.sampling} asks {len(cohort)} sites in a round, and a sum is of {self.collect.least}; ask more"
+            )
         if len(cohort) < self._least and not self._noised_total:
             return state, {}  # Poisson sampling may draw fewer: a round in which nothing is learned
         shared, own = self.broadcast(state, cohort)
@@ -283,8 +289,13 @@ class Federation(Generic[S]):
         told = () if self.privacy is None else self.privacy.numbers
         return replace(rule.terms, public=frozenset({ROWS} & set(told)))
 
-    def _gathered(self, fleet: Fleet, requests: Requests, together: int = 1) -> Iterator[Reply | Replies]:
-        return self.collect.gather(fleet, requests, together, self._terms(requests.op, requests.shared))
+    def _gathered(self, fleet: Fleet, requests: Requests, tally: Tally, together: int = 1) -> Iterator[Reply | Replies]:
+        terms = self._terms(requests.op, requests.shared)
+        try:
+            yield from self.collect.gather(fleet, requests, together, terms)
+        except TooFewSites as error:
+            reasons = tally.reasons(error.absent)
+            raise type(error)(f"{error} ({reasons})" if reasons else str(error)) from None
 
     @cached_property
     def _metered(self) -> bool:
@@ -311,7 +322,7 @@ class Federation(Generic[S]):
         told = self._told(state)
         shared = {"parameters": parameters.vector, **told}
         requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
-        replies = self._gathered(fleet, requests)
+        replies = self._gathered(fleet, requests, tally)
         module = self._working_copy().module
         private = None if self.guard is None else self.guard.moments(told)
         noise = None if self.guard is None else self.guard.noise("start", self.guard.times(round))
@@ -334,6 +345,7 @@ class Federation(Generic[S]):
         return AtSite(
             algorithm=self.algorithm,
             start=self.start is not None,
+            validates=self.validate_at_sites,
             guard=self.guard,
             stages=self.stages,
             encoding=self.encoding,
@@ -378,7 +390,7 @@ class Federation(Generic[S]):
         self, fleet: Fleet, requests: Requests, state: S, rule: Rule, tally: Tally
     ) -> Iterator[tuple[Sequence[PartyId], Update]]:
         """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
-        for reply in self._gathered(fleet, requests, self._plan.cohort or 1):
+        for reply in self._gathered(fleet, requests, tally, self._plan.cohort or 1):
             for senders, body in bodies(reply, tally.absent):
                 public, tensors = parted(body)
                 try:
@@ -397,6 +409,8 @@ class Federation(Generic[S]):
                     continue
                 tally.accept(senders, update.count)
                 yield senders, update
+        if tally.accepted < self.min_sites and self.collect.shows is Sight.SUM:
+            raise RoundLost(f"the sum of the sites cannot be used ({tally.reasons(tally.absent)})")
         if tally.accepted < self.min_sites and not self._noised_total:
             raise TooFewSites(tally.shortage(requests.round, self.min_sites))
 
@@ -412,16 +426,17 @@ class Federation(Generic[S]):
         missing = set(needed) - update.sums.keys()
         if missing:
             raise BadTensors(f"it lacks the sums {', '.join(sorted(missing))}")
-        if self.privacy is not None and not self.privacy.central and update.sums.get(ROWS, 1.0) < 1:
-            raise BadTensors("it says that it is of no rows")
+        rows = 1.0 if self.privacy is None or self.privacy.central else update.sums.get(ROWS, 1.0)
+        if not (1 <= rows <= senders * MOST and rows == int(rows)):  # also catches NaN
+            raise BadTensors(f"it says that it is of {rows:g} rows")
 
     def _validate(self, state: FederationState[S], fleet: Fleet, tally: Tally) -> dict[str, float]:
         """Metrics over all sites' held-back examples, and per site where the collect shows them."""
-        if not self.validate_at_sites:
+        if not (self.validate_at_sites and tally.validated):
             return {}
         parties = fleet.parties()
         shared, own = self.algorithm.broadcast(state.algorithm, {to: state.bases.get(to, -1) for to in parties})
         requests = Requests(to=parties, op="evaluate", round=state.round, bases=state.bases, shared=shared, bodies=own)
-        replies = self._gathered(fleet, requests)
+        replies = self._gathered(fleet, requests, tally)
         sums = evaluation.added(replies, self.algorithm.task.objective, tally, self.collect.shows)
         return self._named("validation", sums)

@@ -2,9 +2,10 @@
 
 Bytes are counted as a run counts them (`Report.bytes_down`, `bytes_up`): every request of every round is known, since
 cohorts are a function of the seed, and a reply's size is that of one that was really made (see `rehearsal.py`). They
-are those of the run to the last byte, with three exceptions: a site that fails sends less (one without usable data is
-known to fail), a run that a condition stops ends earlier, after an evaluation, and a reply whose size depends on its
-values is none that was weighed. Times are measured on this machine and scaled: estimates.
+are those of the run to the last byte, with four exceptions: a site that fails sends less (one without usable data is
+known to fail), a run that a condition stops ends earlier, after an evaluation, a reply whose size depends on its
+values is none that was weighed, and in secure sums of many sites who shares with whom is drawn in the run (see
+`forecast_sums.py`). Times are measured on this machine and scaled: estimates.
 
 Not to be confused with the execution plan (`learning/plan.py`), which says how arithmetic is done.
 """
@@ -15,11 +16,14 @@ from functools import cached_property
 from typing import Any
 
 from fedelta.algorithms.federation import Federation
+from fedelta.algorithms.forecast_sums import EXCHANGES, Bearing, Summed, summed
 from fedelta.algorithms.private import Prospect
 from fedelta.algorithms.rehearsal import Rehearsal
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId
 from fedelta.core.program import Sight
+from fedelta.secure.aggregation import SecureAggregation
+from fedelta.secure.graph import COMPLETE
 
 Asked = list[tuple[str, Sequence[PartyId]]]  # kinds of requests in their order, each with the sites that get it
 
@@ -39,9 +43,9 @@ class Link:
         if not 0 <= self.latency_ms < float("inf"):
             raise BadInput(f"Link.latency_ms must be a finite number >= 0, got {self.latency_ms}")
 
-    def seconds(self, down: int, up: int) -> float:
-        """For one request of `down` bytes and its reply of `up` bytes."""
-        return 2 * self.latency_ms / 1e3 + 8e-6 * (down / self.down_mbit + up / self.up_mbit)
+    def seconds(self, down: int, up: int, exchanges: int = 1) -> float:
+        """For so many requests, one after the other, of `down` bytes together, and their replies of `up` bytes."""
+        return 2 * exchanges * self.latency_ms / 1e3 + 8e-6 * (down / self.down_mbit + up / self.up_mbit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ class SiteForecast:
     held_back: int
     steps: int  # of training in a round
     data_bytes: int
+    silent: bool  # it answers nothing, as its data cannot be loaded
     failures: Mapping[str, str]  # op -> why this site is known to fail in it
     bytes_down: Mapping[str, int]  # of one request
     bytes_up: Mapping[str, int]  # of its reply
@@ -125,6 +130,13 @@ class Forecast:
         return tuple(self._round(number, asked) for number, asked in self._schedule())
 
     @property
+    def bearing(self) -> Bearing | None:
+        """What the secure sum of the smallest cohort can bear; None where updates are not summed up securely."""
+        collect = self.federation.collect
+        cohorts = [each.asked["train"] for each in self.rounds if "train" in each.asked]
+        return Bearing.of(collect, min(cohorts)) if isinstance(collect, SecureAggregation) and cohorts else None
+
+    @property
     def bytes_down(self) -> int:
         return sum(each.bytes_down for each in self.rounds)
 
@@ -138,8 +150,7 @@ class Forecast:
         The coordinator's evaluation is in it, what it needs to add updates up is not.
         """
         return [
-            self._test_s(number)
-            + sum(max((self._alone(op, name, link) for name in to), default=0.0) for op, to in asked)
+            self._test_s(number) + sum(self._at_once(op, to, link) for op, to in asked)
             for number, asked in self._schedule()
         ]
 
@@ -171,11 +182,15 @@ class Forecast:
                 holds=program.encoding.linear or sight is Sight.EACH,
             ),
             self._enough(),
+            *self._hidden(),
         ]
         if program.stop is not None:
             found.append(Check(what="the run can stop earlier", found=f"{program.stop} is measured", holds=True))
-        if any(tier.rehearsal.bytes_up != self.tiers[0].rehearsal.bytes_up for tier in self.tiers):
+        if any(tier.rehearsal.replies != self.tiers[0].rehearsal.replies for tier in self.tiers):
             text = "the rehearsed sites' replies differ in size: bytes are those of the site nearest in rows"
+            found.append(Check(what="bytes are exact", found=text, holds=False))
+        if self.bearing is not None and self.bearing.sites > COMPLETE:
+            text = "who shares with whom is drawn in the run: bytes are exact but for a few of each site"
             found.append(Check(what="bytes are exact", found=text, holds=False))
         if len(self.update_sizes) > 1:
             text = "sites send updates of several sizes: bytes sent are those of the site nearest in rows"
@@ -191,13 +206,29 @@ class Forecast:
         least = self.federation.min_sites
         for number, asked in self._schedule():
             for op, to in asked:
+                lost = self.summed(op, to).lost
+                if op != "evaluate" and lost is not None:
+                    return Check(what="enough sites answer", found=f"round {number}: {lost}", holds=False)
                 able = sum(op not in self._by_name[name].failures for name in to)
                 if op != "evaluate" and able < least:
                     text = f"round {number}: {able} of {len(to)} sites can answer and {least} must: the run ends there"
                     return Check(what="enough sites answer", found=text, holds=False)
         failing = [site for site in self.sites if site.failures]
-        text = f"every cohort has the {least} that must" + (f"; {len(failing)} fail" if failing else "")
+        must = f"the {least} that must" if self.bearing is None else "the quorum of a sum"
+        text = f"every cohort has {must}" + (f"; {len(failing)} fail" if failing else "")
         return Check(what="enough sites answer", found=text, holds=True)
+
+    def _hidden(self) -> list[Check]:
+        """What hides a single update, in the smallest cohort."""
+        found = self.bearing
+        if found is None:
+            return []
+        text = (
+            f"of {found.sites} sites {found.quorum} must answer, {found.colluding} may collude, {found.dropouts} may "
+            f"be lost; each has {found.shape.neighbours} that hold its secrets, of whom {found.shape.threshold} give "
+            "them away"
+        )
+        return [Check(what="a sum hides single updates", found=text, holds=True)]
 
     @cached_property
     def _by_name(self) -> dict[PartyId, SiteForecast]:
@@ -211,16 +242,46 @@ class Forecast:
 
     def _round(self, number: int, asked: Asked) -> RoundForecast:
         by_name = self._by_name
+        sums = [(op, self.summed(op, to)) for op, to in asked]
         return RoundForecast(
             round=number,
             asked={op: len(to) for op, to in asked},
-            bytes_down=sum(by_name[name].bytes_down[op] for op, to in asked for name in to),
-            bytes_up=sum(by_name[name].bytes_up[op] for op, to in asked for name in to),
+            bytes_down=sum(
+                around.bytes_down + sum(by_name[name].bytes_down[op] for name in around.to) for op, around in sums
+            ),
+            bytes_up=sum(
+                around.bytes_up + sum(by_name[name].bytes_up[op] for name in around.to) for op, around in sums
+            ),
         )
 
-    def _alone(self, op: str, name: PartyId, link: Link) -> float:
-        site = self._by_name[name]
-        return site.seconds.get(op, 0.0) + link.seconds(site.bytes_down[op], site.bytes_up[op])
+    def summed(self, op: str, to: Sequence[PartyId]) -> Summed:
+        """What goes on around a request: nothing, unless the answers are added up under masks."""
+        collect = self.federation.collect
+        if not to or not isinstance(collect, SecureAggregation):
+            return Summed(to=to)
+        silent = {name for name in to if self._by_name[name].silent}
+        return summed(collect, to, silent, {name for name in to if op in self._by_name[name].failures})
+
+    def around(self, op: str) -> Summed:
+        """The same for the largest cohort that gets such requests."""
+        cohorts = [to for _, asked in self._schedule() for other, to in asked if other == op]
+        return self.summed(op, max(cohorts, key=len, default=()))
+
+    def line_s(self, op: str, site: SiteForecast, link: Link) -> float:
+        """What a site's messages take on its line, in the largest cohort."""
+        return self._line_s(op, site, link, self.around(op))
+
+    def _line_s(self, op: str, site: SiteForecast, link: Link, around: Summed) -> float:
+        exchanges = EXCHANGES if isinstance(self.federation.collect, SecureAggregation) else 1
+        return link.seconds(
+            around.each_down + site.bytes_down[op], around.each_up + site.bytes_up[op], exchanges=exchanges
+        )
+
+    def _at_once(self, op: str, to: Sequence[PartyId], link: Link) -> float:
+        """Of one kind of request: as long as its slowest site takes."""
+        around = self.summed(op, to)
+        sites = [self._by_name[name] for name in around.to]
+        return max((site.seconds.get(op, 0.0) + self._line_s(op, site, link, around) for site in sites), default=0.0)
 
     def _test_s(self, number: int) -> float:
         test = self.federation.test
@@ -236,7 +297,7 @@ def asked_in(federation: Federation[Any], names: Sequence[PartyId], number: int)
         asked.append(("statistics", names))
     else:
         cohort = federation.sampling(names, number, federation.seed)
-        if len(cohort) >= federation.min_sites:
+        if len(cohort) >= max(federation.min_sites, federation.collect.least):
             asked.append(("train", cohort))
     if federation.validate_at_sites and _evaluates(federation, number):
         asked.append(("evaluate", names))

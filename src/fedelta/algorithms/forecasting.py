@@ -12,6 +12,7 @@ import numpy as np
 
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast import Forecast, Group, SiteForecast, Tier
+from fedelta.algorithms.forecast_sums import masked_bytes
 from fedelta.algorithms.private import Prospect
 from fedelta.algorithms.rehearsal import Rehearsal, rehearse
 from fedelta.core import codec
@@ -23,6 +24,8 @@ from fedelta.core.program import SiteData
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
+from fedelta.privacy.example_level import ROWS
+from fedelta.secure.aggregation import SecureAggregation
 
 _AT_ONCE = 64  # sites whose own part of a broadcast is in memory
 _DIFFER = 2.0  # rows of the largest site over the smallest, from which on they are looked at apart
@@ -34,10 +37,12 @@ def forecast(
     """The forecast of `federation` over the sites `names`; `load` and `names` are what its fleet would get.
 
     Loads the data of every site, and rehearses one site, or three where sizes differ, each with about `seconds` of
-    training. Raises TooFewSites for fewer sites than `min_sites`, BadInput if none can train or a rehearsal fails.
+    training. Raises TooFewSites for fewer sites than must answer, BadInput if none can train or a rehearsal fails.
     """
-    if len(names) < federation.min_sites:
-        raise TooFewSites(f"there are {len(names)} sites, and min_sites={federation.min_sites} must answer")
+    least = max(federation.min_sites, federation.collect.least)
+    if len(names) < least:
+        why = f"min_sites={least}" if least == federation.min_sites else f"{least} under {federation.collect}"
+        raise TooFewSites(f"there are {len(names)} sites, and {why} must answer")
     messages = _Messages(federation, names)
     module = federation.model(messages.state)
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
@@ -47,7 +52,7 @@ def forecast(
     held = {name: _Held.by(load, name, federation, least) for name in names}
     chosen = _chosen(list(held.values()))
     rehearsed = [(called, one, _rehearsed(messages, one, load, seconds)) for called, one in chosen.items()]
-    sites = _sites(held, messages, [(one, rehearsal) for _, one, rehearsal in rehearsed])
+    sites = _sites(federation, held, messages, [(one, rehearsal) for _, one, rehearsal in rehearsed])
     return Forecast(
         federation=federation,
         groups=_groups(layout),
@@ -71,6 +76,7 @@ class _Held:
     held_back: int = 0
     steps: int = 0
     data_bytes: int = 0
+    silent: bool = False  # its data cannot be loaded
     failures: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -79,7 +85,7 @@ class _Held:
         try:
             data = _loaded(load, name)
         except (FedeltaError, OSError) as error:
-            return cls(name=name, failures=dict.fromkeys(("train", "evaluate", "statistics"), str(error)))
+            return cls(name=name, silent=True, failures=dict.fromkeys(("train", "evaluate", "statistics"), str(error)))
         task, training = federation.algorithm.task, federation.algorithm.training
         held_back = data.validation if data.validation is not None and len(data.validation) else None
         wrong = {
@@ -166,7 +172,10 @@ def _rehearsed(messages: _Messages, one: _Held, load: Callable[[str], object], s
 
 
 def _sites(
-    held: Mapping[PartyId, _Held], messages: _Messages, rehearsed: Sequence[tuple[_Held, Rehearsal]]
+    federation: Federation[Any],
+    held: Mapping[PartyId, _Held],
+    messages: _Messages,
+    rehearsed: Sequence[tuple[_Held, Rehearsal]],
 ) -> dict[PartyId, SiteForecast]:
     down = messages.sizes(list(held))
     return {
@@ -176,20 +185,29 @@ def _sites(
             held_back=one.held_back,
             steps=one.steps,
             data_bytes=one.data_bytes,
+            silent=one.silent,
             failures={op: reason for op, reason in one.failures.items() if op in down[name]},
             bytes_down=down[name],
-            bytes_up={op: _bytes_up(op, one, rehearsed) for op in down[name]},
+            bytes_up={op: _bytes_up(federation, op, one, rehearsed) for op in down[name]},
             seconds={op: _seconds(op, one, rehearsed) for op in down[name]},
         )
         for name, one in held.items()
     }
 
 
-def _bytes_up(op: str, one: _Held, rehearsed: Sequence[tuple[_Held, Rehearsal]]) -> int:
+def _bytes_up(federation: Federation[Any], op: str, one: _Held, rehearsed: Sequence[tuple[_Held, Rehearsal]]) -> int:
     if op in one.failures:
         return 0
     _, nearest = min(rehearsed, key=lambda other: abs(other[0].rows - one.rows))
-    return nearest.bytes_up_nothing if op == "evaluate" and not one.held_back else nearest.bytes_up[op]
+    if isinstance(federation.collect, SecureAggregation):
+        return masked_bytes(federation.collect, nearest.replies[op].pieces, _public(federation, op))
+    return nearest.bytes_up_nothing if op == "evaluate" and not one.held_back else nearest.replies[op].bytes
+
+
+def _public(federation: Federation[Any], op: str) -> Sequence[str]:
+    """The numbers that a guarantee makes known, and that travel in the clear beside an update under masks."""
+    privacy = federation.privacy
+    return [ROWS] if privacy is not None and op == "train" and ROWS in privacy.numbers else []
 
 
 def _seconds(op: str, one: _Held, rehearsed: Sequence[tuple[_Held, Rehearsal]]) -> float:

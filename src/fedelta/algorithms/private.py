@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from fedelta.aggregation.mean import Mean
 from fedelta.algorithms.mechanism import Entropy, Privacy, population, scheme
 from fedelta.algorithms.sampling import Sampling
+from fedelta.core.content import Contents
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, UnsoundCombination
 from fedelta.core.messages import PartyId, Tensors, Update
@@ -157,7 +156,7 @@ class Guard:
 
         Two answers with the same noise would tell how they differ.
         """
-        seen = "" if self.entropy == "system" else self._content(told)
+        seen = "" if self.entropy == "system" else self._contents.of(told).hex()
         return self.noise(site.id, seen, *path)
 
     def spent(self) -> float:
@@ -275,16 +274,9 @@ class Guard:
             ):
                 raise BudgetSpent(f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}")
 
-    def _content(self, told: Tensors) -> str:
-        """A digest of a message, remembered for the sites that get the same."""
-        last = self._last
-        if last.get("told") is not told:
-            hasher = hashlib.blake2b(digest_size=16)
-            for name, tensor in sorted(told.items()):
-                hasher.update(name.encode())
-                hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            last |= {"told": told, "content": hasher.hexdigest()}
-        return str(last["content"])
+    @cached_property
+    def _contents(self) -> Contents:
+        return Contents()
 
     def _prefix(self, releases: Sequence[Release]) -> str:
         """A digest of releases in their order, which goes on from the one that was asked for the last time."""

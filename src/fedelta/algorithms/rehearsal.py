@@ -7,7 +7,8 @@ fleet do.
 
 Limits: one thread and one site at a time, on this machine. Features that are computed once (see `learning/cut.py`) are
 taken to be there, which in the first round they are not. An algorithm whose training cannot be shortened (it is no
-dataclass that holds its `training`) does its whole local work here.
+dataclass that holds its `training`) does its whole local work here. A collect is left out: what it takes to hide an
+update is neither timed nor in the memory.
 """
 
 import statistics
@@ -22,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fedelta.algorithms.federation import Federation
+from fedelta.algorithms.parts import Clear
 from fedelta.core import codec
 from fedelta.core.errors import TrainingFailed
 from fedelta.core.examples import Examples
@@ -45,6 +47,19 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weighed:
+    """A reply, in the clear."""
+
+    bytes: int
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, reply: Reply) -> "Weighed":
+        pieces = tuple(_piece(name, tensor) for name, tensor in sorted(reply.body.items()))
+        return cls(bytes=codec.size(reply.body, reply.meta), pieces=pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pace:
     """Seconds that a kind of request takes: `fixed`, and `each` for every step ("train") or row (all others)."""
 
@@ -56,12 +71,16 @@ class Pace:
 class Rehearsal:
     """What came of it. Kinds of requests go by their `op`."""
 
-    bytes_up: Mapping[str, int]  # of the reply
+    replies: Mapping[str, Weighed]
     bytes_up_nothing: int  # of the reply to an evaluation where nothing is held back; 0 if there is no evaluation
     paces: Mapping[str, Pace]
     test_row_s: float  # seconds a row of the coordinator's own evaluation; 0 if there is none
-    update: tuple[Piece, ...]  # what the answer to "train" consists of
     memory_bytes: int | None  # most that the process took beside Python, libraries and data; None: not known here
+
+    @property
+    def update(self) -> tuple[Piece, ...]:
+        """What the answer to "train" consists of."""
+        return self.replies["train"].pieces
 
 
 def rehearse(
@@ -89,27 +108,25 @@ class _Site:
         # Any noise will do, where that of the run is solved from the number of rows, of which there are few here.
         given: Any = federation.privacy
         privacy = None if given is None else replace(given, noise=1.0, epsilon=None)
-        self._federation = replace(federation, algorithm=swapped(federation.algorithm, task, own), privacy=privacy)
+        algorithm = swapped(federation.algorithm, task, own)
+        self._federation = replace(federation, algorithm=algorithm, privacy=privacy, collect=Clear())
         self._requests, self._name, self._data = requests, name, replace(data, ledger=None)
         self._buffers: deque[bytes] = deque(maxlen=4)  # the messages of two rounds
 
     def rehearse(self, steps: int, seconds: float, memory: Memory) -> Rehearsal:
-        trained = self._handled("train", self._longest(), steps=1)
-        sent = {"train": codec.size(trained.body, trained.meta)}
+        replies = {"train": Weighed.of(self._handled("train", self._longest(), steps=1))}
         paces, nothing = dict[str, Pace](), 0
         for op in sorted(self._requests.keys() - {"train"}):
-            sent[op], paces[op] = self._by_rows(op)
+            replies[op], paces[op] = self._by_rows(op)
         if "evaluate" in self._requests:
-            reply = self._handled("evaluate", SiteData(train=self._data.train))
-            nothing = codec.size(reply.body, reply.meta)
+            nothing = Weighed.of(self._handled("evaluate", SiteData(train=self._data.train))).bytes
         paces["train"] = self._by_steps(steps, seconds)
         peak = memory.peak()  # before the coordinator's work, which is none of a site's
         return Rehearsal(
-            bytes_up=sent,
+            replies=replies,
             bytes_up_nothing=nothing,
             paces=paces,
             test_row_s=self._test_row_s(),
-            update=tuple(_piece(name, tensor) for name, tensor in sorted(trained.body.items())),
             memory_bytes=peak,
         )
 
@@ -129,8 +146,8 @@ class _Site:
         self._buffers.append(codec.encode(reply.body, reply.meta))
         return reply
 
-    def _by_rows(self, op: str) -> tuple[int, Pace]:
-        """Bytes of the reply, and the pace on the rows that it is about."""
+    def _by_rows(self, op: str) -> tuple[Weighed, Pace]:
+        """The reply, and the pace on the rows that it is about."""
         held_back = self._data.validation
         rows = held_back if op == "evaluate" and held_back is not None and len(held_back) else self._data.train
         longest, typical = rows[by_length(rows)[-_ROWS:]], _typical(rows)
@@ -140,7 +157,7 @@ class _Site:
             began = time.perf_counter()
             self._handled(op, data)
             taken = time.perf_counter() - began
-        return codec.size(reply.body, reply.meta), Pace(fixed=0.0, each=taken / len(typical))
+        return Weighed.of(reply), Pace(fixed=0.0, each=taken / len(typical))
 
     def _by_steps(self, steps: int, seconds: float) -> Pace:
         if self._shortened(1) is self._federation:

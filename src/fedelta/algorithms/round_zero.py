@@ -132,16 +132,17 @@ def with_head(
     A head of `private` moments has a bias of zero. Raises UnsoundCombination if they do not go with `start`.
     """
     name = head_layer(module, classes(task))
-    intercept = f"{name}.bias" in parameters
+    within = f"{name}." if name else ""  # a model may be nothing but its head
+    intercept = f"{within}bias" in parameters
     if private is None:
         weight, bias = start.solve(total.values, total.weight, intercept)
     else:
         weight = private.solve(total, ridge(start).penalty)
         bias = weight.new_zeros(len(weight))
     headed = parameters.like(parameters.vector.clone())
-    headed[f"{name}.weight"].copy_(weight)
+    headed[f"{within}weight"].copy_(weight)
     if intercept:
-        headed[f"{name}.bias"].copy_(bias)
+        headed[f"{within}bias"].copy_(bias)
     return headed
 
 

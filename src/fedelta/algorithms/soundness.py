@@ -165,10 +165,11 @@ def _check_sums(federation: Parts) -> None:
         raise UnsoundCombination(
             f"{federation.sampling} asks fewer sites than the {collect.least} whose sum {collect} reveals; ask more"
         )
-    if federation.privacy is not None and federation.privacy.central and scheme(federation.sampling) == "poisson":
+    privacy = federation.privacy
+    if privacy is not None and privacy.central and scheme(federation.sampling) in ("poisson", "fixed"):
         raise UnsoundCombination(
-            f"a round that {collect} cannot sum up because fewer than {collect.least} sites were drawn shows how many "
-            "were; under Poisson sampling use Clear(), or use another sampling"
+            f"{federation.sampling} makes {type(privacy).__name__} stronger as nobody knows who was asked, and under "
+            f"{collect} all who were asked know each other; use All() or Cyclic() sampling, or Clear()"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedelta.core import codec
-from fedelta.core.errors import TooFewSites
+from fedelta.core.errors import RoundLost
 from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.program import Fleet, Report
 from fedelta.core.release import Release
@@ -27,6 +27,7 @@ class Tally:
     # Sites whose update came, whether it can be used or not, with their rows where that number is public.
     arrived: dict[PartyId, int] = field(default_factory=dict)
     registered: int = 0
+    validated: bool = True  # whether sites may be asked what they measure
     told: bool = True  # whether reports may say why a site is absent: its reason is data like any other
     releases: Sequence[Release] = ()
     bytes_down: int = 0
@@ -42,11 +43,10 @@ class Tally:
         self.answered.extend(senders)
 
     def only(self, updates: Iterator[Update]) -> Update:
-        """What arrives where a collect shows nothing but the mean. Raises TooFewSites if it cannot be used."""
+        """What arrives where a collect shows nothing but the mean. Raises RoundLost if it cannot be used."""
         found = list(updates)
         if not found:
-            reasons = sorted(set(self._absent().values()))
-            raise TooFewSites(f"the sum of the sites cannot be used ({'; '.join(reasons[:3])})")
+            raise RoundLost(f"the sum of the sites cannot be used ({self.reasons(self.absent)})")
         (mean,) = found
         return mean
 
@@ -58,7 +58,7 @@ class Tally:
             metrics=metrics,
             cohort=self.cohort,
             per_site=self.per_site,
-            absent=self._absent(),
+            absent=self._tellable(self.absent),
             unmeasured=self.unmeasured,
             aggregation_errors=self.aggregation_errors,
             releases=self.releases,
@@ -68,13 +68,17 @@ class Tally:
             stop=stop,
         )
 
-    def _absent(self) -> Mapping[PartyId, str]:
-        return self.absent if self.told else dict.fromkeys(self.absent, _NOT_TOLD)
+    def _tellable(self, absent: Mapping[PartyId, str]) -> Mapping[PartyId, str]:
+        return absent if self.told else dict.fromkeys(absent, _NOT_TOLD)
 
     def shortage(self, round: int, needed: int) -> str:
-        reasons = [f"{site}: {reason}" for site, reason in sorted(self._absent().items())]
-        shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-        return f"round {round}: {self.accepted} of {len(self.cohort)} sites answered and {needed} must ({shown})"
+        answered = f"{self.accepted} of {len(self.cohort)} sites answered and {needed} must"
+        return f"round {round}: {answered} ({self.reasons(self.absent)})"
+
+    def reasons(self, absent: Mapping[PartyId, str]) -> str:
+        """Why sites are absent, as far as that may be told: three of them."""
+        reasons = [f"{site}: {reason}" for site, reason in sorted(self._tellable(absent).items())]
+        return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
 def bodies(reply: Reply | Replies, absent: dict[PartyId, str]) -> Iterator[tuple[Sequence[PartyId], Tensors]]:

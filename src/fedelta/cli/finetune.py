@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fedelta.cli import privacy
+from fedelta.cli import privacy, secure
 from fedelta.cli.options import RunSettings, simulation_options
 from fedelta.data.files import CLASS, FILE
 
@@ -188,6 +188,7 @@ _OF_DATASETS = ("state.json", "dataset_dict.json")  # of these a folder that `da
     "--per-round", type=click.IntRange(1), metavar="N", show_default="all", help="Sites that take part in a round."
 )
 @privacy.privacy_options
+@secure.secure_options
 @click.option("--bf16", is_flag=True, help="Forward passes in bfloat16, where the processor has it.")
 @simulation_options(seed="0", seeds="Of initialisation, sampling, shuffling, dropout and splits.", out="runs/finetune")
 def command(**options: Any) -> None:
@@ -209,8 +210,9 @@ def command(**options: Any) -> None:
 
     settings = RunSettings.take(options, Path("runs/finetune"))
     asked = privacy.Asked(**{name: options.pop(name) for name in ("epsilon", "delta", "unit", "clip", "noise")})
+    masks = secure.Masks.take(options)
     given = {name: value for name, value in options.items() if value is not None}
-    FineTuning(**given, privacy=asked).run(settings)
+    FineTuning(**given, privacy=asked, masks=masks).run(settings)
 
 
 def _class_folders(options: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +269,7 @@ def _check(options: dict[str, Any]) -> None:
         *_of_the_rows(given),
         *_of_the_training(given, options["tune"], options["algorithm"]),
         *privacy.refusals(options),
+        *secure.refusals(options),
         *(  # click takes "nan" for a number in any range
             (isinstance(value, float) and math.isnan(value), f"--{name.replace('_', '-')} is not a number.")
             for name, value in options.items()

@@ -34,6 +34,7 @@ from fedelta.cli.experiment import Sites
 from fedelta.cli.finetune_data import Continued, Images, Masked, Numbers, Reading, Recordings, Texts, Words
 from fedelta.cli.options import RunSettings
 from fedelta.cli.privacy import Asked
+from fedelta.cli.secure import Masks
 from fedelta.cli.simulate import Simulation
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
@@ -146,6 +147,7 @@ class FineTuning:
     per_round: int | None = None
     sample_rate: float | None = None
     privacy: Asked = Asked()
+    masks: Masks = Masks()
     entropy: Entropy = "system"
     seed: int = 0
 
@@ -184,10 +186,11 @@ class FineTuning:
             validate_at_sites=algorithm.personal,
             plan=Plan(bf16=self.bf16),
         )
+        sites = Sites(load=data.personal if algorithm.personal else data.sites.__getitem__, names=list(data.sites))
         Simulation(
             title=f"fine-tuning {self.model} ({self.tune})",
-            federation=federation,
-            sites=Sites(load=data.personal if algorithm.personal else data.sites.__getitem__, names=list(data.sites)),
+            federation=self.masks.on(federation, sites),
+            sites=sites,
             settings=settings,
             classes=data.classes,
         ).run()

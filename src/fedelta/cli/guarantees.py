@@ -1,15 +1,17 @@
 """What a guarantee means, in words: who is protected, from whom, by what, and who has to be trusted with the rest."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedelta.algorithms.forecast_sums import Bearing
 from fedelta.algorithms.mechanism import Privacy, scheme
 from fedelta.core.program import Sight
 from fedelta.core.release import Relation
+from fedelta.observe.text import plural
 from fedelta.privacy.clipping import AdaptiveClip
 from fedelta.privacy.example_level import ExampleLevel
 from fedelta.privacy.local_dp import LocalDP
 from fedelta.privacy.site_level import SiteLevel
+from fedelta.secure.aggregation import SecureAggregation
 
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
@@ -70,49 +72,126 @@ def sampling(federation: "Federation[Any]") -> str:
     return f"{federation.sampling}: {who}, for which nothing is taken off"
 
 
-def trust(federation: "Federation[Any]") -> list[tuple[str, str]]:
-    """Each party, and what it can learn, or has to be trusted with."""
+def trust(federation: "Federation[Any]", bearing: Bearing | None = None) -> list[tuple[str, str]]:
+    """Each party, and what it can see, or has to be trusted with.
+
+    `bearing` is that of the smallest cohort where updates are summed up securely.
+    """
     privacy = federation.privacy
     if privacy is None:
-        seen = "each update" if federation.collect.shows is Sight.EACH else "the sum of the updates"
+        models = "the models, and so the mean of the updates between two of them"
         return [
-            ("the coordinator", f"sees {seen}; nothing bounds what that tells about a row"),
-            ("another site", "sees the models; nothing bounds what they tell about a row"),
+            ("the coordinator", f"sees {received(federation)}; nothing bounds what that tells about a row"),
+            *_colluding(federation, bearing),
+            ("another site", f"sees {models}{_list(federation)}; nothing bounds what that tells about a row"),
             ("whoever sees the models", "nothing bounds what they tell about a row"),
-            ("an eavesdropper", "sees all that travels, if the line is not encrypted"),
+            ("an eavesdropper", _overheard(federation)),
         ]
-    hidden = " as long as it does not learn who was asked" if _amplifies(federation) else ""
     if not privacy.central:
-        own = "how many rows each site has, " if privacy.unit == "example" else ""
         return [
             ("the site itself", "has its rows; it is trusted to add its noise, with randomness that nobody else knows"),
-            ("the coordinator", f"protected from: what it gets is noised; it learns {own}who took part, and when"),
-            ("another site", "protected from: it sees models that are made of noised updates"),
+            ("the coordinator", f"protected from: it gets {received(federation)}; it learns who took part, and when"),
+            *_colluding(federation, bearing),
+            ("another site", f"protected from: it sees models that are made of noised updates{_list(federation)}"),
             ("whoever sees the models", "protected from"),
             ("an eavesdropper", "protected from, as from the coordinator, even if the line is not encrypted"),
         ]
-    choose = ", choose sites at random and tell nobody which" if _amplifies(federation) else ""
+    amplifies, alone = _amplifies(federation), " alone" if federation.collect.shows is Sight.EACH else ""
+    choose = ", choose sites at random and tell nobody which" if amplifies else ""
+    hidden = " as long as it does not learn who was asked" if amplifies else ""
     return [
-        ("the coordinator", f"NOT protected from: it gets each update; it is trusted to add the noise{choose}"),
-        ("another site", f"protected from{hidden}: it sees the noised models alone"),
+        (
+            "the coordinator",
+            f"NOT protected from: it gets {received(federation)}; it is trusted to add the noise{choose}",
+        ),
+        *_colluding(federation, bearing),
+        ("another site", f"protected from{hidden}: it sees the noised models{alone}{_list(federation)}"),
         ("whoever sees the models", f"protected from{hidden}"),
-        ("an eavesdropper", "NOT protected from: updates travel without noise, so the line has to be encrypted"),
+        ("an eavesdropper", _overheard(federation)),
     ]
 
 
-def leaves(federation: "Federation[Any]") -> Sequence[str]:
-    """What a coordinator sees of a site's training under the guarantee, or without one."""
-    privacy, each = federation.privacy, federation.collect.shows is Sight.EACH
-    if privacy is None or not each:
-        return ["each site's update in the clear" if each else "only the sum of the updates"]
-    if privacy.unit == "example":
-        return ["each site's update, which was learned with noise, and its number of rows"]
-    if privacy.central:
-        return [
-            "each site's update in the clear, cut to a norm",
-            "no loss and no number of rows: each site counts as 1",
-        ]
-    return ["each site's update with its noise", "no loss and no number of rows: each site counts as 1"]
+def received(federation: "Federation[Any]") -> str:
+    """What reaches the coordinator of a site's training, as it can read it."""
+    privacy, collect = federation.privacy, federation.collect
+    if collect.shows is Sight.EACH:
+        if privacy is None:
+            return "each site's update in the clear, its number of rows, and what it measured in training"
+        if privacy.unit == "example":
+            return "each site's update, which was learned with noise, and its number of rows"
+        if privacy.central:
+            return "each site's update in the clear, cut to a norm, no loss and no number of rows"
+        return "each site's update with its noise, no loss and no number of rows"
+    if privacy is None:
+        what, single = "the sums of the updates, of the rows, and of what sites measured in training", "nothing"
+    elif privacy.unit == "example":
+        what, single = "the sum of the updates, which were learned with noise", "its number of rows"
+    elif privacy.central:
+        what, single = "the sum of the updates, each cut to a norm, without noise", "nothing"
+    else:
+        what, single = "the sum of the updates with their noise", "nothing"
+    return f"{what}; of a single site {single}{_masks(federation)}"
+
+
+def collected(federation: "Federation[Any]") -> str:
+    """How updates reach the coordinator: "in the clear", or how not."""
+    collect = federation.collect
+    if isinstance(collect, SecureAggregation):
+        return f"under masks, as integers of {collect.bits} bits, which only add up (secure aggregation)"
+    return "in the clear" if collect.shows is Sight.EACH else "only as their sum"
+
+
+def _masks(federation: "Federation[Any]") -> str:
+    """Of whom masks protect from."""
+    collect = federation.collect
+    if not isinstance(collect, SecureAggregation):
+        return ""
+    if collect.identities is None:
+        return ", as long as it keeps to the protocol (sites do not know each other's identities)"
+    return ", whether it keeps to the protocol or not (sites know each other's identities)"
+
+
+def _colluding(federation: "Federation[Any]", bearing: Bearing | None) -> list[tuple[str, str]]:
+    """The coordinator together with sites that tell it what they know."""
+    privacy, collect = federation.privacy, federation.collect
+    if not isinstance(collect, SecureAggregation) or bearing is None:
+        who = "the coordinator with other sites"
+        if privacy is not None and not privacy.central:
+            return [(who, "protected from, as from the coordinator alone")]
+        return [(who, "sees what the coordinator sees, and what these sites have; of any other no more than that")]
+    others = bearing.quorum - bearing.colluding if collect.identities is None else bearing.least
+    who = f"the coordinator with up to {bearing.colluding} of {plural(bearing.sites, 'site')}"
+    what = f"the sum of the updates of the others, at least {others}"
+    if not bearing.colluding:
+        who, what = "the coordinator with other sites", f"of {plural(bearing.sites, 'site')} none may collude"
+    if privacy is not None and not privacy.central:
+        return [(who, f"protected from, as each site adds noise of its own; under masks {what}")]
+    if not bearing.colluding:
+        return [(who, f"{what}: with one that does, it may see single updates")]
+    if privacy is None:
+        what = f"sees {what}; nothing bounds what that tells about a row"
+    else:
+        what = f"NOT protected from: it gets {what}, without noise"
+    return [(who, f"{what}; with more sites it may see single updates")]
+
+
+def _overheard(federation: "Federation[Any]") -> str:
+    """What travels, without noise of the sites' own."""
+    summed, central = federation.collect.shows is Sight.SUM, federation.privacy is not None
+    if not summed:
+        if central:
+            return "NOT protected from: updates travel without noise, so the line has to be encrypted"
+        return "sees all that travels, each update in the clear, unless the line is encrypted"
+    line = "on one line, the models and who takes part, and nothing of an update"
+    every = "on the lines of all sites, the sum of the updates, as the coordinator"
+    if central:
+        return f"sees {line}; {every}, without noise: NOT protected from there, so lines have to be encrypted"
+    return f"unless the line is encrypted, sees {line}; {every}"
+
+
+def _list(federation: "Federation[Any]") -> str:
+    """What a secure sum tells its sites of each other."""
+    return ", and who else takes part" if isinstance(federation.collect, SecureAggregation) else ""
 
 
 def _amplifies(federation: "Federation[Any]") -> bool:

@@ -15,6 +15,7 @@ from fedelta import __version__
 from fedelta.core.errors import FedeltaError, FedeltaWarning
 
 _COMMANDS = {
+    "combinations": "Tell which algorithms, guarantees and parts go together, and why others do not.",
     "demo": "A pre-trained model federated over 8 unequal sites, against every baseline; offline, in a minute.",
     "finetune": "Fine-tune a Hugging Face model over a table split among sites, with no Python written.",
     "ledger": "Check a privacy ledger, and tell what was released and what it adds up to.",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -16,8 +17,10 @@ from fedelta.algorithms.forecasting import forecast
 from fedelta.algorithms.mechanism import scheme
 from fedelta.cli import guarantees
 from fedelta.cli.experiment import opened
+from fedelta.cli.secure import Masks, secure_options
 from fedelta.core.program import Sight
 from fedelta.observe.text import bytes_text, plural, seconds_text
+from fedelta.secure.aggregation import SecureAggregation
 
 _GROUPS_SHOWN = 16  # lines of the table; more are summed up
 _FAILURES_SHOWN = 3
@@ -48,6 +51,7 @@ _BANDWIDTH = click.FloatRange(0, min_open=True)
     show_default=True,
     help="One way, in milliseconds.",
 )
+@secure_options
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def command(
     experiment: Path,
@@ -58,13 +62,16 @@ def command(
     upload: float | None,
     latency: float,
     as_json: bool,
+    **masked: Any,
 ) -> None:
     """Tell what a run of EXPERIMENT will send, need and show. Nothing is sent, and nothing is written.
 
     Bytes are those that the run will report. Time and memory are measured here, on a few real steps of training.
     """
     link = Link(down_mbit=bandwidth, up_mbit=upload or bandwidth, latency_ms=latency)
+    masks = Masks.take(masked)
     federation, sites = opened(experiment, settings, rounds=rounds, seed=seed)
+    federation = masks.on(federation, sites)
     with Console(stderr=True).status("loading the sites' data and trying out a few steps"):
         found = forecast(federation, sites, sites.names)
     if as_json:
@@ -113,6 +120,8 @@ def numbers(found: Forecast, link: Link) -> dict[str, object]:
         "sites": [asdict(site) for site in found.sites],
         "leaves_a_site": [asdict(piece) for piece in found.tiers[0].rehearsal.update],
         "coordinator_sees": federation.collect.shows.value,
+        "trust": dict(guarantees.trust(federation, found.bearing)),
+        "secure_sum": _secure_sum(found),
         "test_rows": 0 if federation.test is None else len(federation.test),
         "privacy": _guarantee(found),
         "checks": [asdict(check) for check in found.checks],
@@ -169,8 +178,12 @@ def _tiers(found: Forecast, link: Link) -> Table:
         called = {"train": "a round's training", "evaluate": "an evaluation", "statistics": "round zero"}.get(op, op)
         add(f"{called}: received", *(bytes_text(tier.site.bytes_down[op]) for tier in found.tiers))
         add("  sent", *(bytes_text(tier.site.bytes_up[op]) for tier in found.tiers))
+        around = found.around(op)
+        if around.each_down:
+            add("  keys and shares: received", *(bytes_text(around.each_down) for _ in found.tiers))
+            add("  keys and shares: sent", *(bytes_text(around.each_up) for _ in found.tiers))
         add("  work", *(seconds_text(tier.site.seconds[op]) for tier in found.tiers))
-        lines = [link.seconds(tier.site.bytes_down[op], tier.site.bytes_up[op]) for tier in found.tiers]
+        lines = [found.line_s(op, tier.site, link) for tier in found.tiers]
         add(f"  on the line ({_line(link)})", *map(seconds_text, lines))
     add("data", *(bytes_text(tier.site.data_bytes) for tier in found.tiers))
     add("peak memory, with the data", *map(_memory, found.tiers))
@@ -229,8 +242,21 @@ def _sight(found: Forecast) -> Table:
     vectors = [f"{piece.name} ({piece.dtype}, {list(piece.shape)})" for piece in update if piece.shape]
     scalars = [piece.name for piece in update if not piece.shape]
     rows = [site.rows for site in found.sites if "train" not in site.failures]
+    table = _table("", "", texts=2)
+    table.add_row("each site", f"its own rows, {sum(rows):,} in all, and the model")
+    table.add_row("leaves a site", escape(f"{', '.join(vectors + scalars)}; {guarantees.collected(federation)}"))
+    table.add_row("besides, the coordinator gets", "; ".join(_besides(found)))
+    table.add_section()
+    for who, what in guarantees.trust(federation, found.bearing):
+        table.add_row(who, escape(what))
+    return table
+
+
+def _besides(found: Forecast) -> list[str]:
+    """What the coordinator sees that is not of a site's training."""
+    federation = found.federation
     each = federation.collect.shows is Sight.EACH
-    seen = [*guarantees.leaves(federation)]
+    seen = []
     if federation.validate_at_sites:
         seen.append("each site's evaluation" if each else "only the sum of the evaluations")
     if federation.start is not None:
@@ -238,19 +264,29 @@ def _sight(found: Forecast) -> Table:
         what = "each site's sums of features" + ("" if bare else ", with noise")
         seen.append(what if each else "only the sum of the sums of features")
     seen.append("no row of a site" if federation.test is None else f"its own test set of {len(federation.test):,} rows")
-    table = _table("", "", texts=2)
-    table.add_row("each site", f"its own rows, {sum(rows):,} in all, and the model")
-    table.add_row("leaves a site", escape(", ".join(vectors + scalars)))
-    table.add_row("coordinator", "; ".join(seen))
-    return table
+    return seen
+
+
+def _secure_sum(found: Forecast) -> dict[str, object] | None:
+    """The secure sum of the smallest cohort; its bytes are those of a site in the largest."""
+    bearing, collect = found.bearing, found.federation.collect
+    if bearing is None or not isinstance(collect, SecureAggregation):
+        return None
+    around = found.around("train")
+    return {
+        "bits": collect.bits,
+        "identities": collect.identities is not None,
+        **asdict(bearing),
+        "bytes_down": around.each_down,
+        "bytes_up": around.each_up,
+    }
 
 
 def _guarantee(found: Forecast) -> dict[str, object]:
     """What is protected, from whom, by what, and for how long."""
     federation, privacy = found.federation, found.federation.privacy
-    trust = dict(guarantees.trust(federation))
     if privacy is None:
-        return {"protected": None, "trust": trust}
+        return {"protected": None}
     return {
         "protected": guarantees.protected(privacy),
         "unit": privacy.unit,
@@ -262,7 +298,6 @@ def _guarantee(found: Forecast) -> dict[str, object]:
         "mechanism": guarantees.mechanism(privacy),
         "sampling": guarantees.sampling(federation),
         "withheld": guarantees.WITHHELD,
-        "trust": trust,
         "tiers": [
             {"called": tier.called, "site": tier.site.name, "rows": tier.site.rows, **asdict(tier.prospect)}
             for tier in found.tiers
@@ -295,9 +330,6 @@ def _privacy(found: Forecast) -> Table:
             ("withheld", guarantees.WITHHELD),
         ):
             table.add_row(name, escape(text))
-        table.add_section()
-    for who, what in guarantees.trust(federation):
-        table.add_row(who, escape(what))
     return table
 
 
@@ -339,7 +371,9 @@ def _remarks(found: Forecast) -> list[str]:
     exact = all(check.holds for check in found.checks if check.what == "bytes are exact")
     lines.append(
         ("Bytes are those that the run will report, unless a site fails. " if exact else "")
-        + "Time and memory are those of one thread of this machine; memory is beside Python and its libraries, and the "
-        "coordinator's adding up takes no time."
+        + "Time and memory are those of one thread of this machine; memory is beside Python and its libraries, and "
+        + ("neither masks nor " if found.bearing is not None else "")
+        + "the coordinator's adding up "
+        + ("are in them." if found.bearing is not None else "takes no time.")
     )
     return lines

@@ -127,7 +127,7 @@ class Asked:
 
 def ledger_in(folder: Path, shared: Path | None) -> "Ledger":
     """The ledger of a run, signed with a key of its own: in its folder, or in a file that several runs share."""
-    from fedelta.privacy.keys import new_key
+    from fedelta.core.keys import new_key
     from fedelta.privacy.ledger import FileLedger
 
     path = folder / LEDGER if shared is None else shared

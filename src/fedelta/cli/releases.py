@@ -1,4 +1,4 @@
-"""Releases as people read them: alike ones together, in words, and what they add up to."""
+"""Releases as people read them: alike ones together, in words, and what they add up to; and who saw what else."""
 
 import json
 import math
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedelta.algorithms.federation import Federation
-from fedelta.cli.guarantees import WITHHELD, mechanism, protected, trust
+from fedelta.algorithms.forecast_sums import Bearing
+from fedelta.cli.guarantees import WITHHELD, collected, mechanism, protected, trust
 from fedelta.core.errors import UnsoundCombination
 from fedelta.core.messages import PartyId, Plain
 from fedelta.core.program import Report
 from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.observe.page import Section, Table
 from fedelta.privacy.accounting import epsilon
+from fedelta.secure.aggregation import SecureAggregation
 
 ROWS_SHOWN = 50  # of a table
 WORDS: Mapping[Unit, str] = {"example": "each row", "site": "each site as a whole"}
@@ -132,8 +134,19 @@ def privacy_sections(federation: Federation[Any], run: Sequence[Report]) -> list
         + (f"; in this are {of_others:,} releases that are not of this run's rounds." if of_others > 0 else "."),
         f"Withheld: {WITHHELD}.",
     ]
-    parties = Table(header=["party", "what it can learn"], rows=[[*row] for row in trust(federation)], align="ll")
-    return [Section(heading="Privacy", text=text, tables=[parties, _table(alike(found))])]
+    return [Section(heading="Privacy", text=text, tables=[_table(alike(found))])]
+
+
+def sight_section(federation: Federation[Any], run: Sequence[Report]) -> Section:
+    """Of a report: how updates reached the coordinator, and what each party can see."""
+    collect, bearing = federation.collect, None
+    cohorts = [len(report.cohort) for report in run if report.round and len(report.cohort) >= collect.least]
+    if isinstance(collect, SecureAggregation) and cohorts:
+        bearing = Bearing.of(collect, min(cohorts))
+    rows = [[*row] for row in trust(federation, bearing)]
+    parties = Table(header=["party", "what it can learn"], rows=rows, align="ll")
+    text = f"Updates reach the coordinator {collected(federation)}."
+    return Section(heading="Who sees what", text=[text], tables=[parties])
 
 
 def _table(groups: Sequence[Alike]) -> Table:

@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from fedelta.cli.compare import Comparison
 from fedelta.cli.experiment import opened
 from fedelta.cli.options import RunSettings, simulation_options
+from fedelta.cli.secure import Masks, secure_options
 from fedelta.cli.simulate import Simulation
 
 _SEEDS = 3  # of a comparison
@@ -34,6 +35,7 @@ _NOT_COMPARED = {  # what a comparison does not take -> why
 @click.option(
     "--seeds", type=click.IntRange(1), metavar="N", show_default=str(_SEEDS), help="Runs of every method of --compare."
 )
+@secure_options
 @simulation_options(
     seed="the experiment's own",
     seeds="Of initialisation, sampling, shuffling and dropout; the first one with --compare.",
@@ -50,7 +52,9 @@ def command(
 ) -> None:
     """Simulate EXPERIMENT, a Python file with program(), site(name), sites(), and optionally test()."""
     _check(compare, seeds)
+    masks = Masks.take(options)
     federation, sites = opened(experiment, settings, rounds=rounds, seed=seed)
+    federation = masks.on(federation, sites)
     if compare:
         Comparison(
             title=experiment.stem,

@@ -15,17 +15,17 @@ from fedelta import __version__
 from fedelta.algorithms.federation import Federation, FederationState
 from fedelta.algorithms.planning import planned
 from fedelta.cli.experiment import Sites
-from fedelta.cli.guarantees import amount
+from fedelta.cli.guarantees import amount, collected
 from fedelta.cli.held import Held
 from fedelta.cli.options import RunSettings
 from fedelta.cli.privacy import SIMULATED, described, ledger_in
-from fedelta.cli.releases import privacy_sections
+from fedelta.cli.releases import privacy_sections, sight_section
 from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, FedeltaError
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Plain, Request
-from fedelta.core.program import Fleet, Report, run
+from fedelta.core.program import Fleet, Report, Sight, run
 from fedelta.fleet.answer import Sites as SitesHere
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
@@ -174,13 +174,18 @@ class Simulation:
         layout = self.federation.algorithm.parameters(state.algorithm).layout
         rounds = plural(self.federation.rounds, "round")
         sent = self.federation.algorithm.layout(state.algorithm, self.sites.names[0]).size
-        travel = f"{layout.size:,} parameters travel ({bytes_text(4 * layout.size)} each way)"
+        each = self.federation.collect.shows is Sight.EACH
+        ways = "each way" if each else "to each site"  # what hides an update makes it longer
+        travel = f"{layout.size:,} parameters travel ({bytes_text(4 * layout.size)} {ways})"
         if sent != layout.size:
             travel = f"{layout.size:,} parameters are learned, of which a site sends {sent:,} ({bytes_text(4 * sent)})"
         console.print(
             f"{self.title}: {plural(len(self.sites.names), 'site')}, {travel}, {rounds}, seed {self.federation.seed}",
             markup=False,
         )
+        if self.federation.collect.shows is Sight.SUM:
+            text = f"Updates reach the coordinator {collected(self.federation)}."
+            console.print(text, markup=False, soft_wrap=True)
         if private:
             console.print(private, markup=False, soft_wrap=True)
         if reports:
@@ -267,7 +272,8 @@ class Simulation:
     def _report(self, folder: RunFolder, reports: list[Report], held: Held) -> Path:
         """Write the HTML report of the rounds so far."""
         page = self.settings.out / "report.html"
-        sections = [*privacy_sections(self.federation, reports), *held.sections()]
+        seen = sight_section(self.federation, reports)
+        sections = [*privacy_sections(self.federation, reports), seen, *held.sections()]
         write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
         return page
 
@@ -297,11 +303,11 @@ class Simulation:
         algorithm = self.federation.algorithm
         folder = Path(source.source).expanduser()
         base = folder.resolve().name if folder.is_dir() else source.source
-        seen = self.federation.collect.shows.value
         return Card(
             title=self.title.replace(source.source, base),  # a path says nothing elsewhere
             base=base,
-            privacy=f"{self._guarantee()}; the coordinator saw {seen}",
+            updates=collected(self.federation),
+            privacy=self._guarantee(),
             base_digest=frozen_digest(module),
             tuning=str(source.tuning),
             algorithm=type(algorithm).__name__,

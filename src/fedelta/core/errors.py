@@ -4,6 +4,8 @@ A message is one sentence that names the value at fault and says what to do. The
 traceback and exits with status 2; `--debug` shows the traceback.
 """
 
+from collections.abc import Mapping
+
 
 class FedeltaError(Exception):
     """Anything that a user can mend; every other exception that escapes fedelta is a bug."""
@@ -26,7 +28,11 @@ class TrainingFailed(FedeltaError):
 
 
 class TooFewSites(FedeltaError):
-    """Fewer sites answered than the program needs for a round."""
+    """Fewer sites answered than the program needs for a round; `absent` has why, for each of which that is known."""
+
+    def __init__(self, message: str, absent: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.absent: Mapping[str, str] = absent or {}
 
 
 class RoundLost(TooFewSites):

@@ -18,6 +18,7 @@ Tensors = Mapping[str, Tensor]
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 Meta = Mapping[str, Plain]
 Kind = Literal["difference", "value"]
+MOST = 2**31  # examples at a site: what a site says of itself beyond that cannot be
 PUBLIC = "public/"  # in the body of a sum: before the name of a number that is given for each of its senders
 
 

@@ -50,15 +50,15 @@ class Report:
 class Site:
     """A party that owns data, as its half of a program sees it.
 
-    `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds. `given` has, for each job
-    and kind of request, the last round for which something has left that must leave only once.
+    `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds. `given` has, for each kind
+    of request, the last round for which something has left that must leave only once.
     """
 
     id: PartyId
     data: Callable[[], "SiteData"]  # loads on the first call, then returns the same object
     memory: Memory = field(default_factory=Memory)
     scratch: dict[str, object] = field(default_factory=dict)
-    given: dict[tuple[str, str], int] = field(default_factory=dict)
+    given: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

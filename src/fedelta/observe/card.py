@@ -19,6 +19,7 @@ class Card:
     algorithm: str
     sites: int
     privacy: str  # what bounds what the model says about the rows
+    updates: str = "in the clear"  # how they reached the coordinator
     library: str = "transformers"  # or "peft": what loads the folder
     ranks: Mapping[str, int] = field(default_factory=dict)  # adapted layer -> rank of its factors
     tiers: Mapping[str, int] = field(default_factory=dict)  # tier of sites -> their rank, where they differ
@@ -26,8 +27,8 @@ class Card:
 
     def text(self, run: Sequence[Report], version: str) -> str:
         """The card as Markdown."""
-        privacy = ("privacy spent", self.privacy)
-        rows = [*self._came_from(), *_learned(run, self.sites), privacy, *_measured(run)]
+        seen = [("updates reached the coordinator", self.updates), ("privacy spent", self.privacy)]
+        rows = [*self._came_from(), *_learned(run, self.sites), *seen, *_measured(run)]
         table = ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
         head = ["---", f"library_name: {self.library}", f"base_model: {_quoted(self.base)}"]
         head += ["tags:", "- federated-learning", "- fedelta", "---"]

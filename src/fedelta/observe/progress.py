@@ -2,7 +2,8 @@
 
 On a terminal: a bar over the rounds that also moves within a round, as sites answer, with the metrics and the time
 left. Otherwise: plain lines, at most one every few seconds. It reads reports and counts replies; nothing in training
-calls it.
+calls it. A request "train/keys" is a step on the way of the request "train": it is named while it goes on, and who
+answers it has not answered "train".
 """
 
 import time
@@ -88,6 +89,7 @@ class Progress:
         self._asked: dict[str, int] = {}  # requests of this round, by operation
         self._answered: dict[str, int] = {}
         self._operations: dict[str, str] = {}  # of what is outstanding, by id
+        self._step = ""  # that goes on, if it is not the operation itself
         self._warned: set[tuple[PartyId, str]] = set()
         self._live: Live | None = None
         self._began = self._drawn = self._printed_at = time.monotonic()
@@ -125,7 +127,7 @@ class Progress:
         self._report = report
         self._latest |= report.metrics
         self._done = report.round
-        self._asked, self._answered, self._operations = {}, {}, {}
+        self._asked, self._answered, self._operations, self._step = {}, {}, {}, ""
         self._warn(report)
         last = report.stop is not None or report.round == self._rounds
         if self._live is not None:
@@ -134,9 +136,13 @@ class Progress:
             self._print_line()
 
     def _on_request(self, request: Request | Requests) -> None:
-        self._operations[request.id] = request.op
+        operation, _, self._step = request.op.partition("/")
+        if self._step:
+            self._asked.setdefault(operation, 0)
+            return
+        self._operations[request.id] = operation
         sites = len(request) if isinstance(request, Requests) else 1
-        self._asked[request.op] = self._asked.get(request.op, 0) + sites
+        self._asked[operation] = self._asked.get(operation, 0) + sites
 
     def _on_reply(self, reply: Reply | Replies) -> None:
         if isinstance(reply, Replies):
@@ -198,10 +204,13 @@ class Progress:
         from rich.text import Text
 
         counts = [(operation, self._answered.get(operation, 0), asked) for operation, asked in self._asked.items()]
-        within = counts[0][1] / counts[0][2] if counts else 0.0  # the first is what takes long: training
+        within = counts[0][1] / max(1, counts[0][2]) if counts else 0.0  # the first is what takes long: training
         bar = ProgressBar(total=self._rounds, completed=min(self._done + within, self._rounds or 0), width=30)
         row = Table.grid(padding=(0, 1))
-        sites = "  ".join(f"{operation}: {answered}/{asked} sites" for operation, answered, asked in counts)
+        told = [
+            f"{operation}: {answered}/{asked} sites" if asked else operation for operation, answered, asked in counts
+        ]
+        sites = "  ".join([*told[:-1], f"{told[-1]}, {self._step}"] if self._step else told)
         cells = [
             Text(f"{self._label}round", style="bold"),
             Text(self._of_rounds(), style="bold"),

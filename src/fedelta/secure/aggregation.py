@@ -23,16 +23,18 @@ from typing import ClassVar, Literal
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from torch import Tensor
 
 from fedelta.core import keys
 from fedelta.core.codec import short
+from fedelta.core.content import Contents
 from fedelta.core.errors import BadInput, BadTensors, RoundLost, TooFewSites
 from fedelta.core.exchange import exchange
 from fedelta.core.grid import Terms
-from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors
+from fedelta.core.messages import MOST, PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Fleet, Sight, Site
 from fedelta.secure.graph import Shape, shape
-from fedelta.secure.protocol_coordinator import Asked, CoordinatorSum
+from fedelta.secure.protocol_coordinator import STEPS, Asked, CoordinatorSum
 from fedelta.secure.protocol_site import SiteSum
 from fedelta.secure.ring import Form, Ring
 
@@ -56,7 +58,7 @@ class SecureAggregation:
     shows: ClassVar[Sight] = Sight.SUM
     least: int = 3  # of two, each knows the other's update once it knows the sum
     bits: Literal[32, 64] = 64
-    bound: float = 1.0  # on every |value| of a difference
+    bound: float = 4.0  # on every |value| of a difference
     weight_bound: float = 2.0**10  # on a site's weight: how many examples it has, mostly
     colluding: float = 0.1
     dropouts: float = 0.2
@@ -92,19 +94,27 @@ class SecureAggregation:
         yield _Round(self, fleet, requests, terms).mean()
 
     def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors], terms: Terms) -> Reply:
-        session = _session(site, request.op)
+        session = _session(site, request, request.op)
+        _check_body(request)
+        if session.asked:
+            raise BadInput(f"{site.id} has been asked for its update of this round, and works on it once")
+        session.asked = True
+        # before anything is computed: whether it fails is an answer, too
+        site.given[request.op] = max(request.round, site.given.get(request.op, -1))
         update = outgoing()
         form = Form.of(update)
-        masked = session.own.masked(session.told, self._ring.integers(update, form, terms, session.cohort))
-        site.given[request.job, request.op] = request.round  # before it leaves
+        integers = self._ring.integers(update, form, terms, session.cohort)
+        masked = session.own.masked(session.told, integers, self._contents.of(request.shared))
         public = {PUBLIC + name: update[f"sum/{name}"] for name in sorted(terms.public)}
         return Reply.to_request(request, {**masked, _FORM: form.to_tensor(), **public})
 
     def answer(self, request: Request, site: Site) -> Reply:
         op, _, step = request.op.rpartition("/")
+        if not op or step not in STEPS:
+            raise BadInput(f"this program knows no {request.op!r} request")
         if step == "keys":
             return Reply.to_request(request, self._begun(request, op, site))
-        session = _session(site, op)
+        session = _session(site, request, op)
         told = {**request.shared, **request.body}
         if step == "masked":  # what it says is used when the update is there
             session.told = told
@@ -114,8 +124,6 @@ class SecureAggregation:
             "survivors": session.own.survivors,
             "reveal": session.own.reveal,
         }
-        if step not in steps:
-            raise BadInput(f"this program knows no {request.op!r} request")
         return Reply.to_request(request, steps[step](told))
 
     def _begun(self, request: Request, op: str, site: Site) -> Tensors:
@@ -123,7 +131,7 @@ class SecureAggregation:
 
         Two sums of which only one has some site in it would tell that site's update.
         """
-        last = site.given.get((request.job, op), -1)
+        last = site.given.get(op, -1)
         if request.round <= last:
             return {_GIVEN: torch.tensor(last)}
         told = request.shared.get("cohort", _NONE)
@@ -133,7 +141,8 @@ class SecureAggregation:
         own = site.data().identity
         if own is None and self.identities is not None:
             raise BadInput(f"{site.id} has no identity key, and all sites know each other by theirs; see new_key")
-        site.scratch[_key(op)] = _Session(
+        session = _Session(
+            context=_context(request, op),
             cohort=cohort,
             own=SiteSum(
                 name=site.id,
@@ -145,7 +154,8 @@ class SecureAggregation:
                 least=self.least,
             ),
         )
-        return _session(site, op).own.keys()
+        site.scratch[_key(op)] = session
+        return session.own.keys()
 
     @cached_property
     def _ring(self) -> Ring:
@@ -158,6 +168,10 @@ class SecureAggregation:
             return None
         return {name: _public(name, text) for name, text in self.identities.items()}
 
+    @cached_property
+    def _contents(self) -> Contents:
+        return Contents()
+
     def _shape(self, cohort: int, listed: int) -> Shape:
         return shape(cohort, self.colluding, self.dropouts, listed=listed)
 
@@ -167,17 +181,33 @@ class _Session:
     """A site's part in one sum, in its scratch."""
 
     own: SiteSum
+    context: bytes
     cohort: int
+    asked: bool = False
     told: Tensors = field(default_factory=dict)  # what `masked` needs
 
 
-def _session(site: Site, op: str) -> _Session:
+def _session(site: Site, request: Request, op: str) -> _Session:
     session = site.scratch.get(_key(op))
-    if not isinstance(session, _Session):
+    if not isinstance(session, _Session) or session.context != _context(request, op):
         raise BadInput(
             f"{site.id} knows of no secure sum {op!r}: it has been restarted since, or was not asked for keys"
         )
     return session
+
+
+def _check_body(request: Request) -> None:
+    """What all get is signed for; what one site gets in its place may be a smaller part of it, and nothing else."""
+    for name, tensor in request.body.items():
+        if name in request.shared and tensor.shape == request.shared[name].shape:
+            raise BadInput(f"{request.to} was sent {name!r} apart from all others, and takes no part in their sum")
+
+
+def _counts(number: Tensor) -> bool:
+    """Whether it is a number of rows."""
+    if number.ndim or number.dtype != torch.float64:
+        return False
+    return 1 <= number.item() <= MOST and number.item() == int(number.item())
 
 
 def _key(op: str) -> str:
@@ -215,7 +245,7 @@ class _Round:
         self.cohort = len(requests)
         self.absent: dict[PartyId, str] = {}
         self.public: dict[PartyId, Tensors] = {}
-        self.form: Form | None = None
+        self.forms: dict[str, Form] = {}
         self.final = False  # whether the round may not be asked for again
         self.sum = CoordinatorSum(
             context=_context(requests, requests.op),
@@ -224,6 +254,7 @@ class _Round:
             names=requests.to,
             registry=collect._registry,
             least=collect.least,
+            asked=collect._contents.of(requests.shared),
         )
 
     def mean(self) -> Replies:
@@ -235,17 +266,14 @@ class _Round:
             self._step(self.sum.ask())
             sums, survivors = self.sum.total()
         except TooFewSites as error:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in list(self.absent.items())[:3])
-            kind = RoundLost if self.final else TooFewSites
-            raise kind(f"{error}{f' ({reasons})' if reasons else ''}") from None
-        requests, form = self.requests, self.form
-        assert form is not None, "a sum is of updates that came"
+            raise (RoundLost if self.final else TooFewSites)(str(error), self.absent) from None
+        requests, form = self.requests, self.forms[self.sum.label]
         gone = [party for party in requests.to if party not in set(survivors)]
-        errors = {party: self.absent.get(party, "it fell out of the secure sum") for party in gone}
+        errors = {party: self.absent.get(party, "its masked update is of another form than most") for party in gone}
         try:
             body = self.collect._ring.mean(sums, form, self.terms, self.cohort)
         except BadTensors as error:
-            raise RoundLost(f"the sum of {len(survivors)} sites cannot be used: {error}") from None
+            raise RoundLost(f"the sum of {len(survivors)} sites cannot be used: {error}", errors) from None
         for name in self.terms.public:
             body[PUBLIC + name] = torch.stack([self.public[party][PUBLIC + name] for party in survivors])
         return Replies(senders=survivors, answers=requests.id, round=requests.round, body=body, errors=errors)
@@ -276,17 +304,15 @@ class _Round:
             except BadTensors as error:
                 self.absent[reply.sender] = f"its masked update is malformed: {error}"
                 continue
-            self._take(reply.sender, integers)
+            self._take(reply.sender, integers, Form.from_tensors(reply.body, _FORM).text)
 
     def _checked(self, reply: Reply) -> Tensors:
-        """The integers of a masked update, once it is sure that they can be added to the others."""
+        """The integers of a masked update, once it is known what they are of."""
         form = Form.from_tensors(reply.body, _FORM)
-        self.form = self.form or form
-        if form != self.form:
-            raise BadTensors(f"it has the form {short(form)}, and others have {short(self.form)}")
+        self.forms[form.text] = form
         public = {PUBLIC + name: reply.body.get(PUBLIC + name, _NONE) for name in self.terms.public}
-        if any(number.ndim or number.dtype != torch.float64 for number in public.values()):
-            raise BadTensors(f"it lacks one of the numbers {sorted(self.terms.public)}")
+        if not all(map(_counts, public.values())):
+            raise BadTensors(f"of the numbers {sorted(self.terms.public)} one is none, or not a whole one from 1 on")
         self.public[reply.sender] = public
         return {name: tensor for name, tensor in reply.body.items() if name != _FORM and name not in public}
 
@@ -312,8 +338,8 @@ class _Round:
             else:
                 self.absent.setdefault(reply.sender, reply.error)
 
-    def _take(self, sender: PartyId, body: Tensors) -> None:
+    def _take(self, sender: PartyId, body: Tensors, label: str = "") -> None:
         try:
-            self.sum.take(sender, body)
+            self.sum.take(sender, body, label)
         except BadTensors as error:
             self.absent.setdefault(sender, str(error))

@@ -81,9 +81,9 @@ def keys_text(context: bytes, name: str, encryption: bytes, masking: bytes) -> b
     return _bound("keys", context, name.encode(), encryption, masking)
 
 
-def alive_text(digest: bytes, alive: Collection[int], sites: int) -> bytes:
-    """What a site signs when it masks: this set of sites that have shared their secrets, of this list."""
-    return _bound("alive", digest, flags(alive, sites))
+def alive_text(digest: bytes, alive: Collection[int], sites: int, asked: bytes) -> bytes:
+    """What a site signs when it masks: who has shared secrets, of this list, and what it was asked to work on."""
+    return _bound("alive", digest, flags(alive, sites), asked)
 
 
 def survivors_text(digest: bytes, survivors: Collection[int], sites: int) -> bytes:

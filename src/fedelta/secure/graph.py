@@ -84,12 +84,12 @@ def _shape(sites: int, listed: int, corrupt: int, lost: int) -> Shape:
 def _complete(sites: int, listed: int, corrupt: int, lost: int) -> Shape:
     """Everybody is everybody's neighbour; what holds, holds for certain.
 
-    t > corrupt: a group that is cut off and unmasked makes up, with the corrupt, more than two thirds of the sites.
-    k - lost >= t: enough shares are left.
+    Of a quorum of survivors each has all others left: so many have to be enough. t > corrupt: a group that is cut off
+    and unmasked makes up, with the corrupt, a quorum.
     """
     neighbours = listed - 1
-    threshold = 2 * neighbours // 3 + 1
-    if threshold <= corrupt or neighbours - lost < threshold:
+    threshold = min(neighbours, quorum(sites) - 1)
+    if threshold <= corrupt:
         raise BadInput(
             f"no graph among {listed} of {sites} sites bears {corrupt} that collude and the loss of {lost}; "
             "lower colluding or dropouts, or ask more sites"

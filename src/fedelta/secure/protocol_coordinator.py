@@ -11,8 +11,9 @@ others that do not open; of a secret's shares one that is false is found and lef
 make the sum fail.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ class _Dealt:
     commitment: bytes
 
 
+@dataclass
+class _Part:
+    """Masked vectors of one form."""
+
+    sums: dict[str, NDArray[Any]] = field(default_factory=dict)
+    members: set[int] = field(default_factory=set)
+
+
 class _Graph:
     """Who shared secrets with whom, by indices."""
 
@@ -107,11 +116,11 @@ class _Graph:
 
 
 class CoordinatorSum:
-    """One secure sum over `names`, at most `cohort` many; `context` and `shape` as in SiteSum.
+    """One secure sum over `names`, at most `cohort` many; `context`, `shape` and `asked` as in SiteSum.
 
     For each step: send what `ask` returns, `take` what comes, in any order, and go on. After the last, `total`. With
     `registry` a site whose identity is another is left out, as the sites would refuse the list. `form` (name -> dtype
-    and length) is what masked vectors must be; without it the first that comes sets it.
+    and length) is what masked vectors must be; without it what most of them are.
     """
 
     def __init__(
@@ -124,19 +133,22 @@ class CoordinatorSum:
         registry: Registry | None = None,
         form: Form | None = None,
         least: int = 2,
+        asked: bytes = b"",
     ) -> None:
         self._terms = Terms(context=context, cohort=cohort, shape=shape, least=least)
         if len(set(names)) < len(names) or len(names) > cohort:
             raise BadInput(
                 f"a secure sum is over distinct names, at most the {cohort} that were asked, got {short(list(names))}"
             )
-        self._names, self._registry = tuple(names), registry
+        self._names, self._registry, self._asked = tuple(names), registry, asked
         self._form = None if form is None else {name: (np.dtype(dtype), size) for name, (dtype, size) in form.items()}
         self._step = ""  # the one that is being answered
         self._waiting: set[str] = set()  # who may still answer it
         self._probe = X25519PrivateKey.generate()  # finds public keys with which nobody can agree on anything
         self._keys: dict[str, PublicKeys] = {}
         self._graph = _Graph(Listed(names=(), keys=()), Shape(1, 1), b"")
+        self._parts: dict[tuple[str, object], _Part] = {}  # by label and form
+        self.label = ""  # of those that are added
         self._sums: dict[str, NDArray[Any]] = {}
         self._survivors: set[int] = set()  # U3
         self._alike: dict[int, bytes] = {}  # survivor -> its signature of U2
@@ -168,8 +180,8 @@ class CoordinatorSum:
         self._step, self._waiting = asked.step, set(asked.bodies)
         return asked
 
-    def take(self, sender: str, reply: Tensors) -> None:
-        """What `sender` answered to the last `ask`. Each site has one answer.
+    def take(self, sender: str, reply: Tensors, label: str = "") -> None:
+        """What `sender` answered to the last `ask`. Each site has one answer. Masked vectors of one `label` are added.
 
         Raises BadTensors for one that is not as it has to be; the site then counts as dropped out. One that was not
         asked for, or is the second, changes nothing else.
@@ -179,10 +191,10 @@ class CoordinatorSum:
                 f"{short(sender)} was not asked for step {self._step!r} of a secure sum, or has answered it"
             )
         self._waiting.discard(sender)
-        taking = {
+        taking: dict[str, Callable[[str, Tensors], None]] = {
             "keys": self._take_keys,
             "shares": self._take_shares,
-            "masked": self._take_masked,
+            "masked": partial(self._take_masked, label=label),
             "survivors": self._take_signature,
             "reveal": self._take_revealed,
         }
@@ -254,28 +266,31 @@ class CoordinatorSum:
         shared = {"alive": octets(flags(graph.alive, len(graph.listed)), len(graph.listed))}
         return Asked(step="masked", shared=shared, bodies=bodies)
 
-    def _take_masked(self, sender: str, reply: Tensors) -> None:
+    def _take_masked(self, sender: str, reply: Tensors, label: str) -> None:
         vectors = arrays_of({name: tensor for name, tensor in reply.items() if name != SIGNATURE})
         form = form_of(vectors)
         index = self._graph.index[sender]
         signature = bytes_of(reply, SIGNATURE, SIGNATURE_BYTES) if SIGNATURE in reply else b""
-        text = alive_text(self._graph.digest, self._graph.alive, len(self._graph.listed))
+        text = alive_text(self._graph.digest, self._graph.alive, len(self._graph.listed), self._asked)
         if not signed(self._keys[sender].identity, signature, text):
-            raise BadTensors(f"{short(sender)} has not signed the set of sites that it was told are alive")
-        if self._form is None:
-            self._form = form
-        if form != self._form:
+            raise BadTensors(f"{short(sender)} has not signed the set of sites that it was told are alive, or its task")
+        if self._form is not None and form != self._form:
             raise BadTensors(f"the masked vectors of {short(sender)} are {short(form)}, and not {short(self._form)}")
         self._alike[index] = signature
+        part = self._parts.setdefault((label, tuple(sorted(form.items()))), _Part())
         for name, vector in vectors.items():
-            if name in self._sums:
-                np.add(self._sums[name], vector, out=self._sums[name])  # integers of arrays wrap
+            if name in part.sums:
+                np.add(part.sums[name], vector, out=part.sums[name])  # integers of arrays wrap
             else:
-                self._sums[name] = vector.copy()
-        self._survivors.add(index)
+                part.sums[name] = vector.copy()
+        part.members.add(index)
 
     def _ask_survivors(self) -> Asked:
+        """U3: whose vectors have the form that most have. A few that send another drop out, and not the others."""
         sites = len(self._graph.listed)
+        if self._parts:
+            (self.label, _), part = max(self._parts.items(), key=lambda found: len(found[1].members))
+            self._sums, self._survivors = part.sums, part.members
         self._terms.check_quorum(len(self._survivors), "sent their masked vectors")
         self._check_holders(frozenset(self._survivors))
         shared = {"survivors": octets(flags(self._survivors, sites), sites)}

@@ -98,6 +98,7 @@ class _Masked:
     index: int
     alive: frozenset[int]  # U2
     held: dict[int, tuple[bytes, bytes]]  # incoming neighbour -> its shares of b and of its masking key
+    asked: bytes
     step = "survivors"
 
 
@@ -195,12 +196,15 @@ class SiteSum:
             "commitment": octets(commitment(digest, index, seed), KEY_BYTES),
         }
 
-    def masked(self, told: Tensors, vectors: Arrays) -> dict[str, Tensor]:
+    def masked(self, told: Tensors, vectors: Arrays, asked: bytes = b"") -> dict[str, Tensor]:
         """Step 3: `vectors` (int32 or int64, one dimension; not changed) under masks, by the same names.
+
+        `asked` is a digest of what the vectors are the answer to, the same for all sites.
 
         The own mask keeps this input hidden also if its pairwise masks become known, because it was thought to have
         dropped out. All shares are opened first: a site that cannot help others must not count as a survivor. The
-        signature says which sites this one was told are alive, hence with whom it has masks: see `reveal`.
+        signature says which sites this one was told are alive, hence with whom it has masks, and what it was asked:
+        see `reveal`.
         """
         before = self._begin(_Dealt)
         form_of(vectors)
@@ -212,8 +216,8 @@ class SiteSum:
         held = {i: _opened(before, i, box) for i, box in zip(senders, sealed, strict=True)}
         hidden = {name: np.array(vectors[name], order="C") for name in sorted(vectors)}
         _mask(before, (set(before.agreed) | set(held)) & alive, hidden)
-        self._state = _Masked(before.listed, before.digest, before.index, alive, held)
-        signature = self._identity.sign(alive_text(before.digest, alive, len(before.listed)))
+        self._state = _Masked(before.listed, before.digest, before.index, alive, held, asked)
+        signature = self._identity.sign(alive_text(before.digest, alive, len(before.listed), asked))
         masked = {name: torch.from_numpy(vector) for name, vector in hidden.items()}
         return {SIGNATURE: octets(signature, SIGNATURE_BYTES), **masked}
 
@@ -241,7 +245,9 @@ class SiteSum:
 
         Of its b if it survived, of its masking key if it did not, and never of both: with both it would be unmasked.
         A survivor must have signed that it was told of the same sites alive as this one: or else it could have been
-        kept from masking with honest ones, which would then take its last mask off.
+        kept from masking with honest ones, which would then take its last mask off. And that it was asked the same: or
+        else all others could have been sent a model with which they learn nothing, so that the sum is its update
+        (Pasquini et al., CCS 2022).
         """
         state = self._begin(_Signed)
         before = state.before
@@ -312,13 +318,13 @@ class SiteSum:
             )
 
     def _check_alike(self, before: _Masked, signatures: Mapping[int, bytes]) -> None:
-        """The neighbours that are to be unmasked have masked with all whom this site knows to be alive."""
-        text = alive_text(before.digest, before.alive, len(before.listed))
+        """The neighbours to be unmasked have masked with all whom this site knows to be alive, for the same task."""
+        text = alive_text(before.digest, before.alive, len(before.listed), before.asked)
         for i, signature in signatures.items():
             if not signed(before.listed.keys[i].identity, signature, text):
                 raise FedeltaError(
-                    f"{short(before.listed.names[i])} has not signed that it was told of the same sites as "
-                    f"{self._name}, so {self._name} reveals nothing"
+                    f"{short(before.listed.names[i])} has not signed that it was told of the same sites, and asked "
+                    f"the same, as {self._name}, so {self._name} reveals nothing"
                 )
 
 

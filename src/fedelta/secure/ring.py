@@ -46,9 +46,12 @@ class Form:
                 raise BadInput(f"{name!r} is {tensor.dtype} with {tensor.ndim} dimensions, which no secure sum can add")
         return cls(float32=vectors[torch.float32], float64=vectors[torch.float64], numbers=tuple(scalars))
 
+    @property
+    def text(self) -> str:
+        return json.dumps([self.float32, self.float64, self.numbers])
+
     def to_tensor(self) -> Tensor:
-        text = json.dumps([self.float32, self.float64, self.numbers]).encode()
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(self.text.encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, name: str) -> "Form":
@@ -86,7 +89,7 @@ class Ring:
         weight, wide, narrow = float(tensors["weight"]), terms, self.own or terms
         limit = min(wide.weight_bound, narrow.weight_bound)
         if not 0 <= weight <= limit:
-            raise BadInput(f"weight {weight} is not within 0 and {limit:g}; raise weight_bound, or lower the weight")
+            raise BadInput(f"its weight is not within 0 and {limit:g}; raise weight_bound, or lower the weight")
         values = np.zeros(sum(form.float32.values()), dtype=np.int32 if self.bits == 32 else np.int64)
         scale = math.ldexp(weight, narrow.exponent(cohort, self.bits))
         _fill(values, {name: tensors[name] for name in form.float32}, scale, narrow.bound)
@@ -95,7 +98,7 @@ class Ring:
         pair = np.zeros((2, sum(form.float64.values())), dtype=np.int64)
         for row, place in zip(pair, (0, 1), strict=True):
             _fill(row, {name: both[place] for name, both in parts.items()}, scale, wide.bound)
-        limbs = [numbers.encode(float(tensors[name])) for name in form.numbers]
+        limbs = [_encoded(name, float(tensors[name])) for name in form.numbers]
         return {"values": values, "halves": pair.reshape(-1), "numbers": np.concatenate(limbs)}
 
     def mean(self, sums: Mapping[str, NDArray[Any]], form: Form, terms: Terms, cohort: int) -> dict[str, Tensor]:
@@ -119,16 +122,20 @@ class Ring:
         return body | {name: joined(coarse[name], fine[name], 2.0**-exponent, terms.bound) for name in form.float64}
 
 
+def _encoded(name: str, number: float) -> NDArray[np.int64]:
+    try:
+        return numbers.encode(number)
+    except BadInput:  # whose sentence has the number, and this one goes to the coordinator
+        raise BadInput(f"its {name} is beyond 2^40, or not finite") from None
+
+
 def _fill(integers: NDArray[Any], vectors: Tensors, scale: float, bound: float) -> None:
     """The products with `scale`, rounded, one vector after the other. Raises BadInput for a |value| above `bound`."""
     start = 0
     for name, vector in vectors.items():
         largest = magnitude(vector)
-        if not largest <= bound:  # also catches NaN
-            raise BadInput(
-                f"the {name} holds {largest}, and |value| has to be at most {bound:g}; lower the learning rate, "
-                "clip, or raise the bound"
-            )
+        if not largest <= bound:  # also catches NaN; the sentence goes to the coordinator, and tells no number of it
+            raise BadInput(f"its {name} goes beyond {bound:g}; lower the learning rate, clip, or raise the bound")
         add_products(integers[start : start + len(vector)], vector.cpu(), scale, largest)
         start += len(vector)
 
