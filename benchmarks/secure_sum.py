@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedelta.core import codec
 from fedelta.core.grid import Terms
 from fedelta.core.messages import Tensors
-from fedelta.secure.graph import shape
+from fedelta.secure.graph import Shape, shape
 from fedelta.secure.protocol_coordinator import STEPS, CoordinatorSum
 from fedelta.secure.protocol_site import SiteSum
 from fedelta.secure.ring import Form, Ring
@@ -89,20 +89,8 @@ class Round:
         draw = np.random.default_rng(0)
         updates = {name: torch.from_numpy(draw.standard_normal(parameters, dtype=np.float32) * 0.01) for name in names}
         self.plain = codec.size({"difference": updates[names[0]]})
-        ring, terms = Ring(bits=bits, own=Terms(bound=1.0, weight_bound=2.0**10) if bits == 32 else None), Terms()
-        halves = {
-            name: SiteSum(
-                name=name,
-                context=b"benchmark",
-                cohort=sites,
-                shape=lambda listed: shape(sites, 0.1, 0.2, listed=listed),
-                identity=Ed25519PrivateKey.generate(),
-            )
-            for name in names
-        }
-        total = CoordinatorSum(
-            context=b"benchmark", cohort=sites, shape=lambda listed: shape(sites, 0.1, 0.2, listed=listed), names=names
-        )
+        ring, terms = Ring(bits=bits, own=Terms(bound=4.0, weight_bound=2.0**10) if bits == 32 else None), Terms()
+        halves, total = _parties(names)
         expected: Mapping[str, np.ndarray] = {}
         integers: Mapping[str, np.ndarray] = {}
         for step in STEPS:
@@ -123,6 +111,21 @@ class Round:
         sums, survivors = self.coordinator.of("total", total.total)
         assert set(survivors) == set(names) - lost
         assert all(np.array_equal(sums[key], expected[key]) for key in expected)
+
+
+def _parties(names: list[str]) -> tuple[dict[str, SiteSum], CoordinatorSum]:
+    """The sites and the coordinator, at the default shares of colluding sites and dropouts."""
+    sites = len(names)
+    rule = partial(_shape, sites)
+    halves = {
+        name: SiteSum(name=name, context=b"benchmark", cohort=sites, shape=rule, identity=Ed25519PrivateKey.generate())
+        for name in names
+    }
+    return halves, CoordinatorSum(context=b"benchmark", cohort=sites, shape=rule, names=names)
+
+
+def _shape(sites: int, listed: int) -> Shape:
+    return shape(sites, 0.1, 0.2, listed=listed)
 
 
 def _answered(site: SiteSum, step: str, told: Tensors, integers: Mapping[str, np.ndarray]) -> Tensors:

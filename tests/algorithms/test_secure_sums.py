@@ -173,6 +173,42 @@ def test_with_32_bits_the_mean_is_off_by_no_more_than_is_stated(weight_bound: fl
     assert 0 < off <= bound + 2**-23
 
 
+def test_a_whole_run_in_32_bits_ends_where_one_in_the_clear_does() -> None:
+    program = federation(collect=SecureAggregation(bits=32, weight_bound=16.0), rounds=12, test=rows("site-9").train)
+    clear = in_the_clear(program)
+    (state, reports), (plain, expected) = ended(program), ended(clear)
+    assert torch.allclose(weights(program, state), weights(clear, plain), atol=1e-5)
+    assert reports[-1].metrics["test_accuracy"] == expected[-1].metrics["test_accuracy"]
+
+
+@pytest.mark.parametrize("collect", [SECURE, Clear()])
+def test_what_was_said_in_an_earlier_round_is_not_taken_again(collect: Collect) -> None:
+    program = federation(collect=collect, rounds=3)
+
+    @dataclass
+    class Replaying(Losing):
+        """Before every answer comes what the same site has answered a round before."""
+
+        due: list[Reply] = field(default_factory=list)
+
+        def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
+            if self.due:
+                return self.due.pop()
+            reply = super().next_reply(timeout_s)
+            kind = self.seen[-1][0]
+            old = [
+                found for known, found in self.seen[:-1] if known == kind and found.sender == self.seen[-1][1].sender
+            ]
+            if old and isinstance(reply, Reply):
+                self.due = [reply]
+                return old[-1]
+            return reply
+
+    state, reports = ended(program, Replaying(Local(program, rows, NAMES), (), "", 0))
+    assert not any(report.absent for report in reports)
+    assert torch.equal(weights(program, state), weights(program, ended(program)[0]))
+
+
 def test_what_leaves_a_site_is_half_as_much_with_32_bits() -> None:
     wide = partial(nn.Linear, 6, 40_000)
     algorithm = FedAvg(task=Task(model=wide, objective=Classification(classes=40_000)), training=TRAINING)

@@ -31,6 +31,7 @@ from fedelta.adapters.hetlora import HetLoRA
 from fedelta.adapters.lora_fair import LoRAFAIR
 from fedelta.adapters.offsite import Ends, OffsiteTuning
 from fedelta.adapters.rolora import RoLoRA
+from fedelta.aggregation.norm_bound import NormBound
 from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.fedavg import FedAvg
 from fedelta.algorithms.federation import Federation
@@ -217,6 +218,7 @@ def _settings() -> Mapping[str, Settings]:
         "min_sites=2": {"min_sites": 2},
         "Plan(cohort=2)": {"plan": Plan(cohort=2)},
         "Training(clip=1.0)": {"algorithm": replace(_fedavg(), training=replace(_TRAINING, clip=1.0))},
+        "rule=NormBound()": {"rule": NormBound(norm=1e3)},
         "rule=NearestCombination()": {"algorithm": _fedavg(_lora), "rule": NearestCombination()},
         "BatchNorm in the model": {"algorithm": _fedavg(_normed)},
     }

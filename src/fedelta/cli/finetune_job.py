@@ -162,14 +162,9 @@ class FineTuning:
             schedule=Cosine(rounds=self.rounds, floor=0.1) if self.schedule == "cosine" else Constant(),
         )
         data = self.read()
+        tuning, kind = self._tuning(), data.task.kind
         task = Task(
-            model=Pretrained(
-                source=self.model,
-                labels=data.classes,
-                tuning=self._tuning(),
-                kind=data.task.kind,
-                bits=self.bits,
-            ),
+            model=Pretrained(source=self.model, labels=data.classes, tuning=tuning, kind=kind, bits=self.bits),
             objective=data.task.objective(len(data.classes)),
             features=self.features or settings.out / "features",
         )
