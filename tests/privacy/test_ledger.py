@@ -670,7 +670,7 @@ def test_what_is_no_key_is_said_in_one_sentence(tmp_path: Path) -> None:
             BadInput, match=rf"{name} is no private key in PEM without a password; make one with new_key"
         ):
             FileLedger.open(tmp_path / "ledger", tmp_path / name)
-    with pytest.raises(BadInput, match="signed with an Ed25519 private key, not X25519PrivateKey"):
+    with pytest.raises(BadInput, match="what signs is an Ed25519 private key, not X25519PrivateKey"):
         FileLedger.open(tmp_path / "ledger", tmp_path / "other")
     with pytest.raises(
         BadInput, match=r"the key .*none cannot be read: No such file or directory; make one with new_key"

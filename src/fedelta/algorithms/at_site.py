@@ -34,7 +34,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class AtSite:
-    """What sites know of a federation. `rule` is None where the coordinator has to see every update."""
+    """What sites know of a federation. `rule` gives None where the coordinator has to see every update.
+
+    It is asked only where sites are trained at once: it may need the whole model, which a site need not have.
+    """
 
     algorithm: Algorithm[Any]
     start: bool  # whether there is a round zero
@@ -45,7 +48,7 @@ class AtSite:
     collect: Collect
     seed: int
     plan: Plan
-    rule: Rule | None
+    rule: Callable[[], Rule | None]
     terms: Callable[[str, Tensors], Terms]  # of requests of a kind, with what all sites get
 
     def handle(self, request: Request, site: Site) -> Reply:
@@ -76,7 +79,7 @@ class AtSite:
             plan=self.plan,
         )
         updates, errors = self.algorithm.local_many(incoming, sites)
-        rule = self.rule
+        rule = self.rule()
         if not self.stages and self.guard is None and self.encoding.linear and isinstance(rule, ManyRule):
             refused = rule.refuse_many(updates)
             errors |= {updates.senders[row]: reason for row, reason in refused.items()}

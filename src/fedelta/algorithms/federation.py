@@ -352,7 +352,7 @@ class Federation(Generic[S]):
             collect=self.collect,
             seed=self.seed,
             plan=self._plan,
-            rule=None if self._metered else self.aggregation,
+            rule=lambda: None if self._metered else self.aggregation,
             terms=self._terms,
         )
 
