@@ -188,7 +188,8 @@ def test_a_federation_trains_the_emulator_and_measures_the_full_model(folders):
 def test_a_site_needs_the_emulator_alone(folders, tmp_path):
     whole, small = folders
     program = federation(whole, small, validate_at_sites=True)
-    elsewhere = federation(replace(whole, source=str(tmp_path / "only the owner has it")), small, validate_at_sites=True)
+    absent = replace(whole, source=str(tmp_path / "only the owner has it"))
+    elsewhere = federation(absent, small, validate_at_sites=True)
     data = lambda name: SiteData(train=site(name), validation=site(f"{name}1"))  # noqa: E731
     (first, report) = next(run(program, Local(elsewhere, data, SITES)))
     assert not report.absent
