@@ -21,7 +21,8 @@ from fedelta.core.errors import BadInput, RoundLost, TooFewSites, UnsoundCombina
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms
 from fedelta.core.keys import new_key
-from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests
+from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.parameters import Layout
 from fedelta.core.program import Report, Site, SiteData, run
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
@@ -179,6 +180,37 @@ def test_a_whole_run_in_32_bits_ends_where_one_in_the_clear_does() -> None:
     (state, reports), (plain, expected) = ended(program), ended(clear)
     assert torch.allclose(weights(program, state), weights(clear, plain), atol=1e-5)
     assert reports[-1].metrics["test_accuracy"] == expected[-1].metrics["test_accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some:
+    """An encoding of `count` elements, the same of all sites, each enlarged so that the expectation is the vector."""
+
+    count: int
+    linear: bool = True
+
+    def _which(self, size: int) -> Tensor:
+        return torch.randperm(size, generator=torch.Generator().manual_seed(0))[: self.count]
+
+    def encode(self, update: Update) -> Tensors:
+        vector = update.values.vector
+        found = dict(update.to_tensors())
+        found[update.kind] = vector[self._which(len(vector))] * (len(vector) / self.count)
+        return found
+
+    def decode(self, tensors: Tensors, layout: Layout) -> Update:
+        whole = torch.zeros(layout.size)
+        whole[self._which(layout.size)] = tensors["difference"]
+        return Update.from_tensors({**tensors, "difference": whole}, layout)
+
+
+def test_a_linear_encoding_is_added_up_as_it_is() -> None:
+    program = federation(encoding=Some(count=20), rounds=1)
+    clear = in_the_clear(program)
+    (state, (report,)), (plain, _) = ended(program), ended(clear)
+    assert torch.equal(weights(program, state), weights(clear, plain))
+    assert int((weights(program, state) != weights(program, program.init())).sum()) == 20
+    assert report.bytes_up < ended(federation(rounds=1))[1][0].bytes_up
 
 
 @pytest.mark.parametrize("collect", [SECURE, Clear()])
