@@ -588,7 +588,7 @@ def test_a_site_works_once_for_a_round_whether_it_fails_or_not() -> None:
     assert isinstance(reply, Reply)
     assert "works on it once" in str(reply.error)
     _, report = next(run(program, fleet))
-    assert "never sends it twice" in report.absent["site-3"]
+    assert "worked on this round already" in report.absent["site-3"]
 
 
 def test_a_session_is_of_one_round_and_attempt() -> None:

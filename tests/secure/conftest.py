@@ -33,8 +33,7 @@ class Sum:
             "registry": self.registry,
         }
         self.site = {name: SiteSum(name=name, identity=self.identities[name], **self.terms) for name in self.names}
-        form = {"wide": (np.dtype(np.int64), size), "narrow": (np.dtype(np.int32), size)}
-        self.coordinator = CoordinatorSum(names=self.names, form=form, **self.terms)
+        self.coordinator = CoordinatorSum(names=self.names, **self.terms)
         rng = np.random.default_rng()
         self.inputs = {
             name: {

@@ -268,6 +268,14 @@ def spoilt(tensors: dict, name: str) -> list[dict]:
     ]
 
 
+def could_be_added(message: dict) -> bool:
+    """Whether these are masked vectors of some form, with a signature."""
+    vectors = [tensor for name, tensor in message.items() if name != "signature"]
+    signature = message.get("signature", torch.empty(0))
+    whole = all(vector.ndim == 1 and vector.dtype in (torch.int32, torch.int64) for vector in vectors)
+    return whole and signature.shape == (64,) and signature.dtype == torch.uint8
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_a_site_with_a_malformed_answer_has_dropped_out(new_sum, step):
     summed = new_sum(4)
@@ -275,6 +283,9 @@ def test_a_site_with_a_malformed_answer_has_dropped_out(new_sum, step):
     answer = summed.answer("site 3", asked)
     for message in [message for name in answer for message in spoilt(answer, name)]:
         summed.coordinator._waiting.add("site 3")
+        if step == "masked" and could_be_added(message):  # of another form than that of the others, who outvote it
+            summed.coordinator.take("site 3", message)
+            continue
         with pytest.raises(BadTensors) as raised:
             summed.coordinator.take("site 3", message)
         assert re.fullmatch(r"[^\n]+", str(raised.value))
@@ -302,22 +313,9 @@ def test_nobody_answers_who_was_not_asked_nor_twice(new_sum):
         summed.coordinator.total()
 
 
-def test_all_masked_vectors_have_the_form_that_was_promised(new_sum):
-    summed = new_sum(4)
-    asked = summed.until("masked")
-    summed.inputs["site 0"]["wide"] = np.zeros(6, np.int64)
-    with pytest.raises(BadTensors, match=r"are .*6.* and not"):
-        summed.answer_all(asked, ["site 0"])
-    summed.answer_all(asked, summed.names[1:])
-    for _ in ("survivors", "reveal"):
-        summed.answer_all(summed.coordinator.ask())
-    summed.check_total(summed.names[1:])
-
-
 @pytest.mark.parametrize("lie", ["length", "label"])
-def test_where_nothing_was_promised_the_form_of_most_counts_and_not_that_of_the_first(new_sum, lie):
+def test_the_form_of_most_counts_and_not_that_of_the_first(new_sum, lie):
     summed = new_sum(4)
-    summed.coordinator = CoordinatorSum(names=summed.names, **summed.terms)
     asked = summed.until("masked")
     if lie == "length":
         summed.inputs["site 0"]["wide"] = np.zeros(6, np.int64)

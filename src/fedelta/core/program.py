@@ -51,7 +51,7 @@ class Site:
     """A party that owns data, as its half of a program sees it.
 
     `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds. `given` has, for each kind
-    of request, the last round for which something has left that must leave only once.
+    of request, the last round that it has worked on, where it must do so only once.
     """
 
     id: PartyId

@@ -38,7 +38,7 @@ from fedelta.secure.protocol_coordinator import STEPS, Asked, CoordinatorSum
 from fedelta.secure.protocol_site import SiteSum
 from fedelta.secure.ring import Form, Ring
 
-_GIVEN = "given"  # in place of keys: the last round of which a masked update has left
+_GIVEN = "given"  # in place of keys: the last round on which this site has worked
 _FORM = "form"  # beside a masked update: of what
 _NONE = torch.empty(0)
 
@@ -127,7 +127,7 @@ class SecureAggregation:
         return Reply.to_request(request, steps[step](told))
 
     def _begun(self, request: Request, op: str, site: Site) -> Tensors:
-        """This site's keys, unless it has given something for this round already.
+        """This site's keys, unless it has worked on this round already.
 
         Two sums of which only one has some site in it would tell that site's update.
         """
@@ -282,7 +282,7 @@ class _Round:
         asked = self.sum.ask()
         for reply in self._replies(replace(asked, shared={"cohort": torch.tensor(self.cohort)})):
             if _GIVEN in reply.body:
-                self.absent[reply.sender] = "it has sent what is asked for already, and never sends it twice"
+                self.absent[reply.sender] = "it has worked on this round already, and does so once"
                 self.final = True
             else:
                 self._take(reply.sender, reply.body)
@@ -300,21 +300,21 @@ class _Round:
                 continue
             self.final = True
             try:
-                integers = self._checked(reply)
+                integers, form = self._checked(reply)
             except BadTensors as error:
                 self.absent[reply.sender] = f"its masked update is malformed: {error}"
                 continue
-            self._take(reply.sender, integers, Form.from_tensors(reply.body, _FORM).text)
+            self.forms[form.text] = form
+            self._take(reply.sender, integers, form.text)
 
-    def _checked(self, reply: Reply) -> Tensors:
-        """The integers of a masked update, once it is known what they are of."""
+    def _checked(self, reply: Reply) -> tuple[Tensors, Form]:
+        """The integers of a masked update, and what they are of."""
         form = Form.from_tensors(reply.body, _FORM)
-        self.forms[form.text] = form
         public = {PUBLIC + name: reply.body.get(PUBLIC + name, _NONE) for name in self.terms.public}
         if not all(map(_counts, public.values())):
             raise BadTensors(f"of the numbers {sorted(self.terms.public)} one is none, or not a whole one from 1 on")
         self.public[reply.sender] = public
-        return {name: tensor for name, tensor in reply.body.items() if name != _FORM and name not in public}
+        return {name: tensor for name, tensor in reply.body.items() if name != _FORM and name not in public}, form
 
     def _step(self, asked: Asked) -> None:
         for reply in self._replies(asked):

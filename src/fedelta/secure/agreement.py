@@ -1,10 +1,10 @@
-"""What the two halves of a secure sum compute alike: terms, signatures, the list's digest, agreed keys, commitments.
+"""What the two halves of a secure sum compute alike: premises, signatures, the list's digest, agreed keys, commitments.
 
 Primitives are those of `cryptography`: Ed25519 signs, X25519 agrees on keys, HKDF with SHA-256 derives them,
 AES-256-GCM encrypts shares, SHA-256 commits to seeds. Every byte string that is signed or hashed, or that a key is
 derived for, says what it is for and where its parts end. From the list on it has the digest of the list in it, hence
-the context, the terms and all public keys: nothing that is made for one sum is good for another, nor for two versions
-of one.
+the context, the premises and all public keys: nothing that is made for one sum is good for another, nor for two
+versions of one.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _NONCE = bytes(12)  # each key encrypts one message: it is for one sum, one send
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Premises:
     """What all parties of a sum know of it before it begins."""
 
     context: bytes  # binds job, round, op and attempt; not empty, and never used for a second sum
@@ -115,10 +115,10 @@ def check_keys(name: str, keys: PublicKeys, context: bytes, registry: Registry |
         raise FedeltaError(f"the keys of {short(name)} are not signed by its identity key for this very sum")
 
 
-def list_digest(terms: Terms, shape: Shape, listed: Listed) -> bytes:
-    """SHA-256 over the terms and the list, its order included: equal only for sites that were told the same."""
-    numbers = (terms.cohort, shape.neighbours, shape.threshold, len(listed))
-    parts = [terms.context, *(number.to_bytes(8) for number in numbers)]
+def list_digest(premises: Premises, shape: Shape, listed: Listed) -> bytes:
+    """SHA-256 over the premises and the list, its order included: equal only for sites that were told the same."""
+    numbers = (premises.cohort, shape.neighbours, shape.threshold, len(listed))
+    parts = [premises.context, *(number.to_bytes(8) for number in numbers)]
     for name, keys in zip(listed.names, listed.keys, strict=True):
         parts += [name.encode(), keys.encryption, keys.masking, keys.identity]
     return hashlib.sha256(_bound("list", *parts)).digest()

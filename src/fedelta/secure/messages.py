@@ -140,12 +140,11 @@ def members_of(tensors: Tensors, name: str, sites: int) -> frozenset[int]:
     return frozenset(index for index, flag in enumerate(data) if flag)
 
 
-Form = Mapping[str, tuple["np.dtype[Any]", int]]  # of vectors: the dtype and the length of each
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def form_of(vectors: Arrays) -> dict[str, tuple["np.dtype[Any]", int]]:
-    """Raises BadTensors if one of them is not what a mask can be added to."""
+    """The dtype and the length of each vector. Raises BadTensors for one that no mask can be added to."""
     if SIGNATURE in vectors:
         raise BadTensors(f"{SIGNATURE!r} is no name for a vector of a secure sum; it is that of what goes with it")
     for name, vector in vectors.items():

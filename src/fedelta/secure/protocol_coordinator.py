@@ -24,9 +24,9 @@ from fedelta.core.codec import short
 from fedelta.core.errors import BadInput, BadTensors, FedeltaError, TooFewSites
 from fedelta.core.messages import Tensors
 from fedelta.secure.agreement import (
+    Premises,
     Registry,
     ShapeRule,
-    Terms,
     agree,
     alive_text,
     check_keys,
@@ -43,7 +43,6 @@ from fedelta.secure.messages import (
     SEALED_BYTES,
     SIGNATURE,
     SIGNATURE_BYTES,
-    Form,
     Listed,
     PublicKeys,
     arrays_of,
@@ -119,8 +118,8 @@ class CoordinatorSum:
     """One secure sum over `names`, at most `cohort` many; `context`, `shape` and `asked` as in SiteSum.
 
     For each step: send what `ask` returns, `take` what comes, in any order, and go on. After the last, `total`. With
-    `registry` a site whose identity is another is left out, as the sites would refuse the list. `form` (name -> dtype
-    and length) is what masked vectors must be; without it what most of them are.
+    `registry` a site whose identity is another is left out, as the sites would refuse the list. Of
+    the masked vectors those are added whose form (names, dtypes, lengths) most have.
     """
 
     def __init__(
@@ -131,17 +130,15 @@ class CoordinatorSum:
         shape: ShapeRule,
         names: Sequence[str],
         registry: Registry | None = None,
-        form: Form | None = None,
         least: int = 2,
         asked: bytes = b"",
     ) -> None:
-        self._terms = Terms(context=context, cohort=cohort, shape=shape, least=least)
+        self._premises = Premises(context=context, cohort=cohort, shape=shape, least=least)
         if len(set(names)) < len(names) or len(names) > cohort:
             raise BadInput(
                 f"a secure sum is over distinct names, at most the {cohort} that were asked, got {short(list(names))}"
             )
         self._names, self._registry, self._asked = tuple(names), registry, asked
-        self._form = None if form is None else {name: (np.dtype(dtype), size) for name, (dtype, size) in form.items()}
         self._step = ""  # the one that is being answered
         self._waiting: set[str] = set()  # who may still answer it
         self._probe = X25519PrivateKey.generate()  # finds public keys with which nobody can agree on anything
@@ -226,7 +223,7 @@ class CoordinatorSum:
         if len(own) < 3 or own & others:
             raise BadTensors(f"{short(sender)} sent a public key twice, or one that another site has sent")
         try:
-            check_keys(sender, keys, self._terms.context, self._registry)
+            check_keys(sender, keys, self._premises.context, self._registry)
             agree(self._probe, keys.encryption, sender)
             agree(self._probe, keys.masking, sender)
         except FedeltaError as error:
@@ -235,9 +232,9 @@ class CoordinatorSum:
 
     def _ask_shares(self) -> Asked:
         names = tuple(name for name in self._names if name in self._keys)
-        shape = self._terms.shape_of(len(names))
+        shape = self._premises.shape_of(len(names))
         listed = Listed(names=names, keys=tuple(self._keys[name] for name in names))
-        self._graph = _Graph(listed, shape, list_digest(self._terms, shape, listed))
+        self._graph = _Graph(listed, shape, list_digest(self._premises, shape, listed))
         return Asked(step="shares", shared=listed.to_tensors(), bodies={name: {} for name in names})
 
     def _take_shares(self, sender: str, reply: Tensors) -> None:
@@ -254,7 +251,7 @@ class CoordinatorSum:
     def _ask_masked(self) -> Asked:
         graph = self._graph
         graph.settle()
-        self._terms.check_quorum(len(graph.alive), "shared their secrets with enough others")
+        self._premises.check_quorum(len(graph.alive), "shared their secrets with enough others")
         bodies: dict[str, Tensors] = {}
         for j in sorted(graph.alive):
             senders = graph.incoming[j]
@@ -274,8 +271,6 @@ class CoordinatorSum:
         text = alive_text(self._graph.digest, self._graph.alive, len(self._graph.listed), self._asked)
         if not signed(self._keys[sender].identity, signature, text):
             raise BadTensors(f"{short(sender)} has not signed the set of sites that it was told are alive, or its task")
-        if self._form is not None and form != self._form:
-            raise BadTensors(f"the masked vectors of {short(sender)} are {short(form)}, and not {short(self._form)}")
         self._alike[index] = signature
         part = self._parts.setdefault((label, tuple(sorted(form.items()))), _Part())
         for name, vector in vectors.items():
@@ -291,7 +286,7 @@ class CoordinatorSum:
         if self._parts:
             (self.label, _), part = max(self._parts.items(), key=lambda found: len(found[1].members))
             self._sums, self._survivors = part.sums, part.members
-        self._terms.check_quorum(len(self._survivors), "sent their masked vectors")
+        self._premises.check_quorum(len(self._survivors), "sent their masked vectors")
         self._check_holders(frozenset(self._survivors))
         shared = {"survivors": octets(flags(self._survivors, sites), sites)}
         return Asked(step="survivors", shared=shared, bodies=self._to(self._survivors))
@@ -305,7 +300,7 @@ class CoordinatorSum:
         self._signatures[self._graph.index[sender]] = signature
 
     def _ask_reveal(self) -> Asked:
-        self._terms.check_quorum(len(self._signatures), "signed the set of survivors")
+        self._premises.check_quorum(len(self._signatures), "signed the set of survivors")
         self._check_holders(frozenset(self._signatures))
         signers = sorted(self._signatures)
         signatures = b"".join(self._signatures[i] for i in signers)

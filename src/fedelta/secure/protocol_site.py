@@ -28,9 +28,9 @@ from fedelta.core.codec import short
 from fedelta.core.errors import FedeltaError, TooFewSites
 from fedelta.core.messages import Tensors
 from fedelta.secure.agreement import (
+    Premises,
     Registry,
     ShapeRule,
-    Terms,
     agree,
     alive_text,
     check_keys,
@@ -140,7 +140,7 @@ class SiteSum:
         registry: Registry | None = None,
         least: int = 2,
     ) -> None:
-        self._terms = Terms(context=context, cohort=cohort, shape=shape, least=least)
+        self._premises = Premises(context=context, cohort=cohort, shape=shape, least=least)
         self._name, self._identity, self._registry = name, identity, registry
         self._state: _State = _New()
 
@@ -163,7 +163,7 @@ class SiteSum:
             encryption=publics[0],
             masking=publics[1],
             identity=self._identity.public_key().public_bytes_raw(),
-            signature=self._identity.sign(keys_text(self._terms.context, self._name, *publics)),
+            signature=self._identity.sign(keys_text(self._premises.context, self._name, *publics)),
         )
         self._state = _Keyed(*pairs, public)
         return public.to_tensors()
@@ -175,10 +175,10 @@ class SiteSum:
         so a coordinator cannot choose them, nor fit its own sites to them.
         """
         own = self._begin(_Keyed)
-        found = Listed.from_tensors(listed, self._terms.cohort)
-        shape = self._terms.shape_of(len(found))
+        found = Listed.from_tensors(listed, self._premises.cohort)
+        shape = self._premises.shape_of(len(found))
         index = self._check_list(found, own.public)
-        digest = list_digest(self._terms, shape, found)
+        digest = list_digest(self._premises, shape, found)
         neighbours = _drawn(index, len(found), shape)
         agreed = {j: agree(own.encryption, found.keys[j].encryption, found.names[j]) for j in neighbours}
         seed = secrets.token_bytes(KEY_BYTES)
@@ -235,7 +235,7 @@ class SiteSum:
             raise FedeltaError(
                 f"{self._name} is not among the survivors that it was told of, and takes no further part"
             )
-        self._terms.check_quorum(len(survivors), "survive")
+        self._premises.check_quorum(len(survivors), "survive")
         signature = self._identity.sign(survivors_text(before.digest, survivors, len(before.listed)))
         self._state = _Signed(before, survivors)
         return {"signature": octets(signature, SIGNATURE_BYTES)}
@@ -284,7 +284,7 @@ class SiteSum:
         if (self._name, own) not in zip(listed.names, listed.keys, strict=True):
             raise FedeltaError(f"{self._name} is not on the list of a secure sum with the keys that it sent")
         for name, keys in zip(listed.names, listed.keys, strict=True):
-            check_keys(name, keys, self._terms.context, self._registry)
+            check_keys(name, keys, self._premises.context, self._registry)
         return listed.names.index(self._name)
 
     def _check_alive(self, before: _Dealt, alive: frozenset[int], senders: list[int]) -> None:
@@ -293,7 +293,7 @@ class SiteSum:
         Its input has left before survivors are agreed on. So a quorum, and t of the neighbours that it drew, are what
         keeps it from masking with corrupt sites alone, or with such as are then taken for dropped out (graph.py).
         """
-        self._terms.check_quorum(len(alive), "shared their secrets")
+        self._premises.check_quorum(len(alive), "shared their secrets")
         if before.index not in alive or before.index in senders or not alive.issuperset(senders):
             raise FedeltaError(f"{self._name} was told of shares that do not fit the set of sites that sent theirs")
         reached = len(alive & before.agreed.keys())
@@ -310,10 +310,12 @@ class SiteSum:
             raise FedeltaError(f"{self._name} was sent signatures of sites that are not among the survivors")
         text = survivors_text(state.before.digest, state.survivors, len(listed))
         genuine = (i for i, signature in signatures.items() if signed(listed.keys[i].identity, signature, text))
-        valid = len(list(islice(genuine, self._terms.quorum)))  # a quorum is enough, and each takes a while to verify
-        if valid < self._terms.quorum:
+        valid = len(
+            list(islice(genuine, self._premises.quorum))
+        )  # a quorum is enough, and each takes a while to verify
+        if valid < self._premises.quorum:
             raise FedeltaError(
-                f"{valid} sites have signed the survivors that {self._name} was told of, where {self._terms.quorum} "
+                f"{valid} sites have signed the survivors that {self._name} was told of, where {self._premises.quorum} "
                 "must, so it reveals nothing"
             )
 

@@ -8,7 +8,7 @@ not take constant time, so no secret may be split or combined where others can m
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedelta.core.errors import BadInput, BadTensors
@@ -34,15 +34,6 @@ def split(secret: bytes, points: Sequence[int], threshold: int) -> list[bytes]:
     return [_value(coefficients, point).to_bytes(SHARE_BYTES) for point in points]
 
 
-def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret (32 bytes) of which `shares` maps points to shares: all of them are used.
-
-    From at least `threshold` genuine shares it is the one that was split; from fewer, or with a forged one among them,
-    it is another, or BadTensors is raised, as it is for shares that are not 33 bytes below PRIME.
-    """
-    return Interpolation(tuple(shares)).at_zero(tuple(shares.values()))
-
-
 @dataclass(frozen=True)
 class Interpolation:
     """Puts together any number of secrets that were shared at the same points; Lagrange's coefficients are taken once.
@@ -59,7 +50,11 @@ class Interpolation:
         object.__setattr__(self, "coefficients", tuple(self._coefficient(point) for point in self.points))
 
     def at_zero(self, shares: Sequence[bytes]) -> bytes:
-        """The secret (32 bytes) of `shares`, in the order of `points`; errors as in `combine`."""
+        """The secret (32 bytes) of `shares`, in the order of `points`: all of them are used.
+
+        From at least `threshold` genuine shares it is the one that was split; from fewer, or with a forged one among
+        them, it is another, or BadTensors is raised, as it is for shares that are not 33 bytes below PRIME.
+        """
         if len(shares) != len(self.points):
             raise BadTensors(f"there must be one share for each of {len(self.points)} points, got {len(shares)}")
         terms = zip(self.coefficients, shares, strict=True)
