@@ -18,7 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     **{room: {"core"} for room in ("data", "learning", "fleet", "observe", *MECHANISMS)},
     "algorithms": BELOW_PROGRAMS,
-    **{room: BELOW_PROGRAMS | {"algorithms"} for room in ("adapters", "vertical", "transfer", "incentives")},
+    **{
+        room: BELOW_PROGRAMS | {"algorithms"}
+        for room in ("adapters", "statistics", "vertical", "transfer", "incentives")
+    },
 }
 SEE_ALL = {"", "cli"}  # "" is the package itself: its public names
 NO_ARROW = {"fedelta.__version__"}  # a constant, there before anything else

@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from fedelta.learning.tuning import LastLayers as LastLayers
     from fedelta.learning.vision import Vision as Vision
     from fedelta.privacy.clipping import AdaptiveClip as AdaptiveClip
+    from fedelta.privacy.distributed import DistributedDP as DistributedDP
     from fedelta.privacy.example_level import ExampleLevel as ExampleLevel
     from fedelta.privacy.ledger import FileLedger as FileLedger
     from fedelta.privacy.ledger import MemoryLedger as MemoryLedger
@@ -105,6 +106,14 @@ if TYPE_CHECKING:
     from fedelta.privacy.site_level import SiteLevel as SiteLevel
     from fedelta.secure.aggregation import SecureAggregation as SecureAggregation
     from fedelta.secure.aggregation import identities as identities
+    from fedelta.secure.homomorphic import HomomorphicEncryption as HomomorphicEncryption
+    from fedelta.secure.key_party import KeyParty as KeyParty
+    from fedelta.secure.key_party import new_keys as new_keys
+    from fedelta.statistics.columns import Category as Category
+    from fedelta.statistics.columns import Number as Number
+    from fedelta.statistics.columns import rows_of as rows_of
+    from fedelta.statistics.program import Statistics as Statistics
+    from fedelta.statistics.program import summarise as summarise
 
 __version__ = "0.1.0"
 
@@ -166,11 +175,16 @@ _HOME = {
     "learning.tuning": ["BitFit", "Full", "Head", "HeadAndNorms", "LastLayers"],
     "learning.vision": ["Vision"],
     "privacy.clipping": ["AdaptiveClip"],
+    "privacy.distributed": ["DistributedDP"],
     "privacy.example_level": ["ExampleLevel"],
     "privacy.ledger": ["FileLedger", "MemoryLedger", "verify"],
     "privacy.local_dp": ["LocalDP"],
     "privacy.site_level": ["SiteLevel"],
     "secure.aggregation": ["SecureAggregation", "identities"],
+    "secure.homomorphic": ["HomomorphicEncryption"],
+    "secure.key_party": ["KeyParty", "new_keys"],
+    "statistics.columns": ["Category", "Number", "rows_of"],
+    "statistics.program": ["Statistics", "summarise"],
 }
 _MODULE_OF = {name: f"fedelta.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -33,6 +33,7 @@ from fedelta.learning.optimizers import SGD
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
+from fedelta.privacy.distributed import DistributedDP
 from fedelta.privacy.example_level import ExampleLevel
 from fedelta.privacy.site_level import SiteLevel
 from fedelta.secure.aggregation import SecureAggregation
@@ -154,8 +155,10 @@ def plain(**changes: Any) -> Federation[Any]:
         ),
         plain(collect=SecureAggregation(least=6), sampling=Poisson(rate=0.9), rounds=5),
         plain(privacy=SiteLevel(clip=1.0, noise=1.0), start=Ridge(), rounds=2),
+        plain(privacy=DistributedDP(clip=1.0, noise=1.0), start=Ridge(), rounds=2),
+        plain(privacy=DistributedDP(clip=1.0, noise=1.0, bits=32), sampling=Fixed(size=5)),
     ],
-    ids=["64 bits", "32 bits", "sampled", "poisson", "examples", "six at least", "sites"],
+    ids=["64 bits", "32 bits", "sampled", "poisson", "examples", "six at least", "sites", "shares", "32-bit shares"],
 )
 def test_the_bytes_are_those_of_secure_sums(program: Federation[Any]) -> None:
     found, happened = told(program), reports(program)

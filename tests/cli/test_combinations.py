@@ -83,12 +83,13 @@ def check_sentence(why: str) -> None:
 def test_the_matrix_has_what_is_known_of_some_cells() -> None:
     text = markdown(matrix())
     shown = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[1:] for line in text.splitlines()[::-1]}
-    assert shown["FedAvg"][0] == "✓ / ✓"
+    assert shown["FedAvg"][0] == "✓ / ✓ / ✓"
     exact = shown["FlexLoRA"][0]
-    assert re.fullmatch(r"✓ / \d+", exact)
-    (sentence,) = (line for line in text.splitlines() if line.startswith(f"{exact.rpartition(' ')[2]}. "))
+    assert re.fullmatch(r"✓ / \d+ / \d+", exact)
+    (sentence,) = (line for line in text.splitlines() if line.startswith(f"{exact.split(' / ')[1]}. "))
     assert "works on single updates, but SecureAggregation(" in sentence
-    assert shown["SiteLevel(bands=2)"][-3:] == ["✓ / ✓", "–", "–"]
+    assert shown["SiteLevel(bands=2)"][-4:] == ["✓ / ✓ / ✓", "–", "–", "–"]
+    assert re.fullmatch(r"\d+ / ✓ / \d+", shown["FedAvg"][5])  # DistributedDP
 
 
 def test_no_algorithm_is_forgotten() -> None:

@@ -13,7 +13,7 @@ from fedelta.cli.releases import event_text
 from fedelta.core.keys import new_key
 from fedelta.core.release import Release
 from fedelta.privacy.accounting import epsilon
-from fedelta.privacy.events import from_plain, gaussian, no_op, steps, without_replacement_gaussian
+from fedelta.privacy.events import concentrated, from_plain, gaussian, no_op, steps, without_replacement_gaussian
 from fedelta.privacy.ledger import FileLedger
 
 
@@ -65,6 +65,10 @@ def test_alike_releases_are_one_line(folder: Path, capfd: pytest.CaptureFixture[
         (steps(1 / 12, 1.1312, 24), "24 times: Poisson sample at rate 0.08333: Gaussian noise 1.131"),
         ({"composed": [gaussian(1.0), no_op()]}, "Gaussian noise 1 and nothing new"),
         ({"tree_aggregation": {"noise_multiplier": 1.1, "steps": 100}}, "Gaussian noise 1.1 on a tree of 100 steps"),
+        (
+            {"self_composed": {"count": 3, "event": concentrated(0.125)}},
+            "3 times: sum of discrete Gaussian noise: concentrated, rho 0.125",
+        ),
         ({"non_private": {}}, "everything: it is not private"),
     ],
 )

@@ -239,6 +239,21 @@ def test_a_method_that_needs_single_updates_is_refused(finetune: Command, name: 
     assert not (finetune.folder / "out").exists()
 
 
+def test_noise_in_shares_is_asked_for_by_its_unit(finetune: Command) -> None:
+    amount = ["--unit", "distributed", "--clip", 1.0, "--epsilon", 8.0, "--rounds", 2]
+    finetune(*amount, "--secure", sites=4)
+    out = finetune.folder / "out"
+    card = next(out.glob("model*/**/README.md")).read_text()
+    assert "| updates reached the coordinator | under masks, as integers of 16 bits" in card
+    assert 7.5 < rounds(out)[-1]["metrics"]["epsilon"] <= 8.0
+    for wrong, sentence in (
+        ([*amount], "--unit distributed needs --secure"),
+        ([*amount[:2], *amount[4:], "--secure"], "--unit distributed needs --clip"),
+        ([*amount, "--secure", "--secure-bits", 64], "leave it out"),
+    ):
+        assert sentence in finetune(*wrong, sites=4, out=finetune.folder / "other", status=2)
+
+
 def test_integers_of_32_bits_are_spread_over_the_rows_of_the_largest_site(finetune: Command, bert: Path) -> None:
     finetune("--secure", "--secure-bits", 32, sites=4)
     plain = federation(bert, LoRA(rank=8), 5e-4)

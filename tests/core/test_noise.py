@@ -190,3 +190,24 @@ def test_system_noise_draws_nothing_twice_in_a_copy_or_a_fork() -> None:
 def draw(source: SystemNoise, pipe: Connection) -> None:
     torch.set_num_threads(1)
     pipe.send(normals(source, 50).tolist())
+
+
+@pytest.mark.parametrize("n", [0, 1, 3 * noise._PIECE + 5])
+def test_words_are_uniform_in_every_bit(source: Noise, n: int) -> None:
+    words = source.words(n)
+    assert words.dtype == torch.int64
+    assert words.shape == (n,)
+    assert len(words.unique()) == n  # two of 100,000 are the same in one of 10^9 runs
+    if n > 1:
+        for bit in range(64):
+            assert stats.binomtest(int((words >> bit & 1).sum()), n, 0.5).pvalue > CHANCE
+        again = source.words(n)
+        assert stats.kstest(words.double().numpy() / 2.0**64 + 0.5, "uniform").pvalue > CHANCE
+        for x, y in ((words, again), (words[1:], words[:-1]), (words[: noise._PIECE], words[-noise._PIECE :])):
+            assert correlated(x.double(), y.double()) < SIGMAS
+            assert abs(int(((x ^ y) & 1).sum()) * 2 - len(x)) < SIGMAS * math.sqrt(len(x))
+
+
+def test_seeded_words_are_a_function_of_seed_and_path() -> None:
+    assert torch.equal(SeededNoise(1, "a").words(9), SeededNoise(1, "a").words(9))
+    assert not torch.equal(SeededNoise(1, "a").words(9), SeededNoise(2, "a").words(9))

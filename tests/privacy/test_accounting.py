@@ -16,7 +16,7 @@ from fedelta.core.errors import BadInput, BudgetSpent, UnsoundCombination
 from fedelta.core.messages import PartyId
 from fedelta.core.release import Budget, Relation, Release, Unit
 from fedelta.privacy.accounting import Account, epsilon, noise_multiplier
-from fedelta.privacy.events import Event, gaussian, poisson_gaussian, steps, without_replacement_gaussian
+from fedelta.privacy.events import Event, concentrated, gaussian, poisson_gaussian, steps, without_replacement_gaussian
 
 NON_PRIVATE: Event = {"non_private": {}}
 
@@ -223,11 +223,52 @@ def test_one_replaced_makes_all_replaced() -> None:
         ),
         ("pld", [release({"tree_aggregation": {"noise_multiplier": 1.0, "steps": 8}})], "use accountant 'rdp'"),
         ("rdp", [release({"tree_aggregation": {"noise_multiplier": 1.0, "steps": 8}}, "replace_one")], "state that"),
+        ("pld", [release(concentrated(0.5))], "discrete Gaussian noise.*; use accountant 'rdp'$"),
+        ("pld", [release(gaussian(2.0)), release(concentrated(0.5))], "use accountant 'rdp'"),
     ],
 )
 def test_what_cannot_be_composed_is_refused(accountant: str, releases: list[Release], cure: str) -> None:
     with pytest.raises(UnsoundCombination, match=cure):
         epsilon(releases, delta=1e-5, accountant=accountant, unit="example")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_special", "replace_one"])
+def test_what_is_concentrated_is_the_gaussian_mechanism_with_the_same_rho(relation: Relation) -> None:
+    """Alone, repeated, beside others, where units are replaced, and for the examples of a site."""
+    noise, other = 3.0, gaussian(4.0)
+    event = concentrated(0.5 / noise**2)
+    pairs: list[tuple[Event, Event]] = [
+        (event, gaussian(noise)),
+        ({"self_composed": {"count": 5, "event": event}}, gaussian(noise / math.sqrt(5))),
+        ({"composed": [event, other]}, {"composed": [gaussian(noise), other]}),
+    ]
+    for unit in ("example", "site"):
+        for ours, same in pairs:
+            found, expected = (
+                epsilon(
+                    [release(one, relation, unit), release(other, "replace_one", unit)],
+                    delta=1e-5,
+                    accountant="rdp",
+                    unit="example",
+                )
+                for one in (ours, same)
+            )
+            assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_rho_is_four_times_as_large_where_units_are_replaced() -> None:
+    beside = Release(event=gaussian(1e6), unit="example", relation="replace_one")
+    for unit in ("example", "site"):  # what hides a site hides an example that is replaced
+        one = release(concentrated(0.1), unit=unit)
+        mixed = epsilon([one, beside], delta=1e-5, accountant="rdp", unit="example")
+        assert mixed == pytest.approx(spent(concentrated(0.4), accountant="rdp"), rel=1e-4)
+
+
+def test_noise_is_solved_for_what_is_concentrated() -> None:
+    budget = Budget(epsilon=4.0, delta=1e-5, accountant="rdp")
+    found = noise_multiplier(lambda z: concentrated(0.5 / z**2), "replace_special", budget, unit="site", count=30)
+    same = noise_multiplier(gaussian, "replace_special", budget, unit="site", count=30)
+    assert found == pytest.approx(same, rel=1e-6)
 
 
 def test_a_tree_is_the_gaussian_mechanism_of_its_depth() -> None:

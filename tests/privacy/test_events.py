@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fedelta.core.errors import BadInput
 from fedelta.privacy.events import (
     DEEPEST,
+    concentrated,
     from_plain,
     gaussian,
     poisson_gaussian,
@@ -33,7 +34,8 @@ EVENTS = st.recursive(
     | st.builds(dp.NonPrivateDpEvent)
     | st.builds(dp.PoissonSampledDpEvent, st.floats(0, 1), GAUSSIANS)
     | st.builds(lambda n, event: dp.SampledWithoutReplacementDpEvent(n[1], n[0], event), SIZES, GAUSSIANS)
-    | st.builds(dp.SingleEpochTreeAggregationDpEvent, NOISE, COUNT),
+    | st.builds(dp.SingleEpochTreeAggregationDpEvent, NOISE, COUNT)
+    | st.builds(dp.ZCDpEvent, st.floats(5e-13, 5e11)),
     lambda inner: (
         st.builds(dp.SelfComposedDpEvent, inner, COUNT) | st.builds(dp.ComposedDpEvent, st.lists(inner, max_size=3))
     ),
@@ -51,6 +53,7 @@ def test_what_the_short_forms_stand_for() -> None:
     assert from_plain(gaussian(1.5)) == noise
     assert from_plain(poisson_gaussian(0.1, 1.5)) == dp.PoissonSampledDpEvent(0.1, noise)
     assert from_plain(without_replacement_gaussian(3, 7, 1.5)) == dp.SampledWithoutReplacementDpEvent(7, 3, noise)
+    assert from_plain(concentrated(0.4)) == dp.ZCDpEvent(0.4)
     assert from_plain(steps(0.1, 1.5, 9)) == dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(0.1, noise), 9)
 
 
@@ -87,6 +90,14 @@ def test_what_the_short_forms_stand_for() -> None:
         {"self_composed": {"count": 1.5, "event": gaussian(1.0)}},
         {"self_composed": {"count": 10**30, "event": gaussian(1.0)}},
         {"composed": {"events": []}},
+        {"concentrated": {}},
+        {"concentrated": {"rho": 0}},
+        {"concentrated": {"rho": -1.0}},
+        {"concentrated": {"rho": float("inf")}},
+        {"concentrated": {"rho": 0.5, "xi": 0.1}},
+        {"poisson_sampled": {"rate": 0.1, "event": concentrated(0.5)}},
+        {"poisson_sampled": {"rate": 0.1, "event": {"self_composed": {"count": 2, "event": concentrated(0.5)}}}},
+        {"sampled_without_replacement": {"size": 1, "of": 2, "event": concentrated(0.5)}},
         {"tree_aggregation": {"noise_multiplier": 1.0, "steps": [1, 2]}},
     ],
 )
@@ -109,6 +120,11 @@ def test_depth_is_bounded() -> None:
 
 
 def test_events_without_a_plain_form_are_refused() -> None:
-    for event in (dp.LaplaceDpEvent(1.0), dp.UnsupportedDpEvent(), dp.SingleEpochTreeAggregationDpEvent(1.0, [1, 2])):
+    for event in (
+        dp.LaplaceDpEvent(1.0),
+        dp.ZCDpEvent(1.0, xi=0.1),
+        dp.UnsupportedDpEvent(),
+        dp.SingleEpochTreeAggregationDpEvent(1.0, [1, 2]),
+    ):
         with pytest.raises(BadInput, match="no plain form"):
             to_plain(event)

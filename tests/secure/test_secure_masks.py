@@ -23,7 +23,7 @@ def vectors(draw):
     chance = np.random.default_rng(draw(st.integers(0, 2**32)))
 
     def one():
-        dtype = draw(st.sampled_from([np.int32, np.int64]))
+        dtype = draw(st.sampled_from([np.int16, np.int32, np.int64]))
         limits = np.iinfo(dtype)
         return chance.integers(limits.min, limits.max, draw(SIZES), dtype=dtype, endpoint=True)
 
@@ -65,7 +65,7 @@ def test_the_keystream_is_the_cipher_of_a_counter_from_zero():
 
 
 def test_sums_wrap_as_integers_modulo_the_ring_do():
-    for dtype, modulus in ((np.int32, 2**32), (np.int64, 2**64)):
+    for dtype, modulus in ((np.int16, 2**16), (np.int32, 2**32), (np.int64, 2**64)):
         limits = np.iinfo(dtype)
         vector = np.array([limits.max, limits.min, -1, 0, 1] * 20, dtype)
         mask = np.zeros_like(vector)
@@ -103,7 +103,7 @@ def test_masks_of_pairs_cancel_in_the_sum_and_hide_each_term():
     assert all(np.mean(np.abs(terms[0].astype(float))) > 2**29 for terms in masked)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 @pytest.mark.parametrize("value", [0, 12345, -1])
 def test_what_is_masked_is_uniform(dtype, value):
     vector = np.full(2**17, value, dtype)
@@ -174,7 +174,7 @@ def read_only():
     [
         (np.zeros(4), "float64"),
         (np.zeros(4, np.uint32), "uint32"),
-        (np.zeros(4, np.int16), "int16"),
+        (np.zeros(4, np.int8), "int8"),
         (np.zeros(4, np.dtype(np.int32).newbyteorder()), "int32 or int64, got"),
         (np.zeros(8, np.int32)[::2], "contiguous"),
         (np.zeros((2, 3), np.int64).T, "contiguous"),

@@ -263,7 +263,7 @@ def spoilt(tensors: dict, name: str) -> list[dict]:
         {**tensors, name: good[:-1]},
         {**tensors, name: torch.cat([good, good[-1:]])},
         {**tensors, name: good[None]},
-        {**tensors, name: good.to(torch.int16)},
+        {**tensors, name: good.to(torch.int8)},
         {**tensors, name: good.to(torch.bfloat16)},
     ]
 
@@ -272,7 +272,7 @@ def could_be_added(message: dict) -> bool:
     """Whether these are masked vectors of some form, with a signature."""
     vectors = [tensor for name, tensor in message.items() if name != "signature"]
     signature = message.get("signature", torch.empty(0))
-    whole = all(vector.ndim == 1 and vector.dtype in (torch.int32, torch.int64) for vector in vectors)
+    whole = all(vector.ndim == 1 and vector.dtype in (torch.int16, torch.int32, torch.int64) for vector in vectors)
     return whole and signature.shape == (64,) and signature.dtype == torch.uint8
 
 

@@ -183,6 +183,9 @@ class Federation(Generic[S]):
             sampling=self.sampling,
             training=self.algorithm.training,
             start=self.start is not None,
+            rounds=self.rounds,
+            honest=self.collect.honest,
+            registered=self.collect.registered,
         )
 
     @property
@@ -226,9 +229,7 @@ class Federation(Generic[S]):
             return state, {}  # Poisson sampling may draw fewer: a round in which nothing is learned
         shared, own = self.broadcast(state, cohort)
         requests = Requests(to=cohort, op="train", round=round, bases=state.bases, shared=shared, bodies=own)
-        rule = self.aggregation
-        if self._noised_total and self.guard is not None:
-            rule = self.guard.mean(shared)
+        rule = self._rule(shared)
         updates = self._in_order(self._arriving(fleet, requests, algorithm, rule, tally), cohort)
         meter = Meter(self.algorithm.parameters(algorithm)) if self._metered and self._due(round) else None
         layout = self.algorithm.layout(algorithm, fleet.parties()[0])
@@ -279,11 +280,16 @@ class Federation(Generic[S]):
         """The number of sites that must answer for a round to count."""
         return max(self.min_sites, self.collect.least)
 
+    def _rule(self, shared: Tensors) -> Rule:
+        """How the updates become one that answer such a broadcast."""
+        return (None if self.guard is None else self.guard.mean(shared)) or self.aggregation
+
     def _terms(self, op: str, shared: Tensors) -> Terms:
         """On what terms the answers to such requests can be added up, by whoever shows no more than sums."""
-        if op != "train":
-            return round_zero.RULE.terms if op == "statistics" else Terms()
-        rule = self.guard.mean(shared) if self._noised_total and self.guard is not None else self.aggregation
+        found = None if self.guard is None else self.guard.terms(op, shared)
+        if found is not None or op != "train":
+            return found or (round_zero.RULE.terms if op == "statistics" else Terms())
+        rule = self._rule(shared)
         if not isinstance(rule, Mean):
             return Terms()
         told = () if self.privacy is None else self.privacy.numbers
@@ -321,10 +327,12 @@ class Federation(Generic[S]):
         task, parameters = self.algorithm.task, self.algorithm.parameters(state.algorithm)
         told = self._told(state)
         shared = {"parameters": parameters.vector, **told}
-        requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
-        replies = self._gathered(fleet, requests, tally)
         module = self._working_copy().module
         private = None if self.guard is None else self.guard.moments(told)
+        if private is not None:
+            round_zero.check_private(private, task, module)
+        requests = Requests(to=tally.cohort, op="statistics", round=round, shared=shared)
+        replies = self._gathered(fleet, requests, tally)
         noise = None if self.guard is None else self.guard.noise("start", self.guard.times(round))
         summed = self.collect.shows is Sight.SUM
         total = round_zero.total(replies, task, module, tally, self.min_sites, private, noise, summed)
@@ -416,8 +424,10 @@ class Federation(Generic[S]):
 
     def _check(self, update: Update, senders: int) -> None:
         """Raise BadTensors for an update that could not be added to the others."""
-        if update.values.vector.dtype != torch.float32:
-            raise BadTensors(f"its values are {update.values.vector.dtype}, not torch.float32")
+        whole = self.privacy is not None and self.privacy.whole is not None
+        dtype = torch.float64 if whole else torch.float32
+        if update.values.vector.dtype != dtype:
+            raise BadTensors(f"its values are {update.values.vector.dtype}, not {dtype}")
         if update.kind != self.algorithm.kind:
             raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
         if update.count != senders:

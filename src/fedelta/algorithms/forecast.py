@@ -24,6 +24,7 @@ from fedelta.core.messages import PartyId
 from fedelta.core.program import Sight
 from fedelta.secure.aggregation import SecureAggregation
 from fedelta.secure.graph import COMPLETE
+from fedelta.secure.homomorphic import HomomorphicEncryption
 
 Asked = list[tuple[str, Sequence[PartyId]]]  # kinds of requests in their order, each with the sites that get it
 
@@ -203,7 +204,7 @@ class Forecast:
 
     def _enough(self) -> Check:
         """Whether enough sites can answer in every round."""
-        least = self.federation.min_sites
+        least = max(self.federation.min_sites, 1 if self.bearing is not None else self.federation.collect.least)
         for number, asked in self._schedule():
             for op, to in asked:
                 lost = self.summed(op, to).lost
@@ -220,7 +221,10 @@ class Forecast:
 
     def _hidden(self) -> list[Check]:
         """What hides a single update, in the smallest cohort."""
-        found = self.bearing
+        found, collect = self.bearing, self.federation.collect
+        if isinstance(collect, HomomorphicEncryption):
+            text = f"the key party opens one of a round, over {collect.least} to {collect.most} sites"
+            return [Check(what="a sum hides single updates", found=text, holds=True)]
         if found is None:
             return []
         text = (

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from torch import Tensor
 from fedelta.algorithms.rehearsal import Piece
 from fedelta.core import codec
 from fedelta.core.errors import BadInput
+from fedelta.core.grid import Terms
 from fedelta.core.messages import PUBLIC, PartyId, Tensors
-from fedelta.secure import numbers
 from fedelta.secure.aggregation import SecureAggregation
 from fedelta.secure.graph import COMPLETE, Shape, quorum, shape
 from fedelta.secure.messages import KEY_BYTES, SEALED_BYTES, SIGNATURE, SIGNATURE_BYTES, Listed, PublicKeys
-from fedelta.secure.ring import Form
+from fedelta.secure.ring import Form, lengths
 from fedelta.secure.shamir import SHARE_BYTES
 
 _KEYS = PublicKeys(
@@ -54,8 +55,7 @@ class Bearing:
             quorum=_quorum(collect, sites),
             colluding=colluding,
             dropouts=_count(collect.dropouts, sites),
-            # where everybody is everybody's neighbour, those that collude count among the third (secure/graph.py)
-            least=sites // 3 + 1 - (colluding if certain else 0),
+            least=_quorum(collect, sites) - colluding if certain else sites // 3 + 1,  # secure/graph.py
         )
 
 
@@ -121,14 +121,20 @@ def summed(
     return scale.summed(listed)
 
 
-def masked_bytes(collect: SecureAggregation, update: Sequence[Piece], public: Collection[str]) -> int:
-    """Of an answer under masks, where it consists of `update` in the clear; the sums `public` travel besides."""
+def masked_bytes(
+    collect: SecureAggregation, update: Sequence[Piece], public: Collection[str], whole: Literal[16, 32] | None
+) -> int:
+    """Of an answer under masks, where it consists of `update` in the clear; the sums `public` travel besides.
+
+    `whole` are the bits of its integers where it consists of whole numbers already.
+    """
     form = Form.of({piece.name: _blank(getattr(torch, piece.dtype), *piece.shape) for piece in update})
-    values = torch.int32 if collect.bits == 32 else torch.int64
+    sizes = lengths(form, Terms(whole=whole))
+    values = {16: torch.int16, 32: torch.int32, 64: torch.int64}[whole or collect.bits]
     body = {
-        "values": _blank(values, sum(form.float32.values())),
-        "halves": _blank(torch.int64, 2 * sum(form.float64.values())),
-        "numbers": _blank(torch.int64, numbers.LIMBS * len(form.numbers)),
+        "values": _blank(values, sizes["values"]),
+        "halves": _blank(torch.int64, sizes["halves"]),
+        "numbers": _blank(torch.int64, sizes["numbers"]),
         "form": form.to_tensor(),
         SIGNATURE: _octets(SIGNATURE_BYTES),
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast import Forecast, Group, SiteForecast, Tier
+from fedelta.algorithms.forecast_encrypted import encrypted_bytes
 from fedelta.algorithms.forecast_sums import masked_bytes
 from fedelta.algorithms.private import Prospect
 from fedelta.algorithms.rehearsal import Rehearsal, rehearse
@@ -26,6 +27,7 @@ from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.privacy.example_level import ROWS
 from fedelta.secure.aggregation import SecureAggregation
+from fedelta.secure.homomorphic import HomomorphicEncryption
 
 _AT_ONCE = 64  # sites whose own part of a broadcast is in memory
 _DIFFER = 2.0  # rows of the largest site over the smallest, from which on they are looked at apart
@@ -200,7 +202,10 @@ def _bytes_up(federation: Federation[Any], op: str, one: _Held, rehearsed: Seque
         return 0
     _, nearest = min(rehearsed, key=lambda other: abs(other[0].rows - one.rows))
     if isinstance(federation.collect, SecureAggregation):
-        return masked_bytes(federation.collect, nearest.replies[op].pieces, _public(federation, op))
+        whole = None if federation.privacy is None else federation.privacy.whole
+        return masked_bytes(federation.collect, nearest.replies[op].pieces, _public(federation, op), whole)
+    if isinstance(federation.collect, HomomorphicEncryption):
+        return encrypted_bytes(federation.collect, nearest.replies[op].pieces, _public(federation, op))
     return nearest.bytes_up_nothing if op == "evaluate" and not one.held_back else nearest.replies[op].bytes
 
 

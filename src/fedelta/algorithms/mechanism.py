@@ -1,7 +1,7 @@
 """What a federation asks of a mechanism, and the population that its sampling makes of the registered sites."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
 from fedelta.core.errors import BadInput, UnsoundCombination
@@ -10,6 +10,9 @@ from fedelta.core.noise import Noise
 from fedelta.core.release import Relation, Release
 from fedelta.privacy.guarantee import Guarantee, PrivacyState
 from fedelta.privacy.population import Population, Scheme, Work
+
+if TYPE_CHECKING:
+    from fedelta.privacy.discretisation import Discretisation
 
 Entropy = Literal["seed", "system"]
 Event = Mapping[str, Plain]
@@ -32,6 +35,11 @@ class Privacy(Guarantee, Protocol):
     @property
     def central(self) -> bool:
         """Whether the coordinator adds the noise, to the sum: then it is the sum that is released."""
+        ...
+
+    @property
+    def whole(self) -> Literal[16, 32] | None:
+        """Where a site's noise does no more than its share in a sum: bits of the integers that are added; else None."""
         ...
 
     @property
@@ -65,6 +73,10 @@ class Privacy(Guarantee, Protocol):
 
     def start_noise(self, told: Tensors) -> float:
         """The noise multiplier of round zero."""
+        ...
+
+    def starting(self, told: Tensors, honest: int) -> Callable[[int], "Discretisation"] | None:
+        """Where `whole`: how a vector of so many numbers, of norm 1 at most, leaves in round zero."""
         ...
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:

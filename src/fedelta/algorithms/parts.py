@@ -65,6 +65,24 @@ class Collect(Protocol):
         """The number of sites without whose answers nothing comes of a round."""
         ...
 
+    @property
+    def whole(self) -> bool:
+        """Whether it can add whole numbers modulo a power of two, and shows nothing but the sum."""
+        ...
+
+    @property
+    def registered(self) -> int | None:
+        """How many sites there are, where each of them knows that by itself; None where it does not."""
+        ...
+
+    def honest(self, cohort: int) -> int:
+        """The fewest sites, in whatever is shown of `cohort` that were asked, of which a spectator is not one.
+
+        Those that collude with the coordinator, as far as that is allowed for, do not count, and one never does: it may
+        be who looks. Raises BadInput where so many cannot be asked.
+        """
+        ...
+
     def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
         """Send the requests; yield what comes: a reply (or a failure) per site, or one with the mean of those it names.
 
@@ -89,6 +107,11 @@ class Clear:
 
     shows: ClassVar[Sight] = Sight.EACH
     least: ClassVar[int] = 1
+    whole: ClassVar[bool] = False
+    registered: ClassVar[None] = None
+
+    def honest(self, cohort: int) -> int:
+        return 1
 
     def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
         return exchange(fleet, requests, together)

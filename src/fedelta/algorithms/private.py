@@ -8,28 +8,30 @@ other noise.
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from fedelta.aggregation.mean import Mean
 from fedelta.algorithms.mechanism import Entropy, Privacy, population, scheme
-from fedelta.algorithms.sampling import Sampling
+from fedelta.algorithms.sampling import Fixed, Sampling
 from fedelta.core.content import Contents
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, UnsoundCombination
+from fedelta.core.grid import Terms
 from fedelta.core.messages import PartyId, Tensors, Update
 from fedelta.core.noise import Noise, SeededNoise, SystemNoise
 from fedelta.core.program import Site
 from fedelta.core.release import Ledger, Limit, Release
 from fedelta.core.seeds import Part
 from fedelta.learning.dp_sgd import PrivateSteps, number_of_steps, sampling_rate
-from fedelta.learning.private_moments import PrivateMoments
+from fedelta.learning.private_moments import Discrete, PrivateMoments
 from fedelta.learning.training import Training
+from fedelta.privacy import distributed
 from fedelta.privacy.accounting import Account, epsilon
 from fedelta.privacy.events import gaussian
-from fedelta.privacy.guarantee import ROUNDS, PrivacyState, budget
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, budget, told_number
 from fedelta.privacy.population import Population, Work
 from fedelta.privacy.site_level import NORM
 
@@ -56,6 +58,9 @@ class Guard:
     sampling: Sampling
     training: Training
     start: bool  # whether there is a round zero
+    rounds: int  # of the experiment, as whoever asks knows it
+    honest: Callable[[int], int]  # as `Collect.honest`,
+    registered: int | None  # and `Collect.registered`
 
     def begin(
         self, state: PrivacyState, parties: Sequence[PartyId], size: int, rounds: int, start: bool
@@ -63,7 +68,7 @@ class Guard:
         """The state in which a round may begin: solved before the first one, checked before all others."""
         recorded = self.ledger.releases()
         if not state.sites:
-            who = population(self.sampling, len(parties), rounds)
+            who = self._population(len(parties), rounds)
             begun = self.privacy.begin(who, size, recorded, start)
             names = digest(list(parties))
             prefix = self._prefix(recorded)
@@ -74,6 +79,11 @@ class Guard:
             raise UnsoundCombination(
                 f"the guarantee was made for {state.sites} registered sites, and these {len(parties)} are others; "
                 "begin anew"
+            )
+        if rounds > state.rounds and not self.privacy.central and self.privacy.noise is None:
+            raise CannotResume(
+                f"sites make their noise for the {state.rounds} rounds that the run began with, and {rounds} are more; "
+                f"go on with {state.rounds}, or begin anew"
             )
         if len(recorded) < state.recorded or self._prefix(recorded[: state.recorded]) != state.prefix:
             raise CannotResume(
@@ -95,7 +105,7 @@ class Guard:
         return f"its privacy budget (epsilon {limit.epsilon:g} at delta {limit.delta:g}) is spent"
 
     def population(self, state: PrivacyState) -> Population:
-        return population(self.sampling, state.sites, state.rounds)
+        return self._population(state.sites, state.rounds)
 
     def released(
         self, total: Update, state: PrivacyState, rows: Mapping[PartyId, int], told: Tensors, round: int
@@ -118,20 +128,32 @@ class Guard:
         """What sites have let out that have answered, where they add the noise: recorded, whether it is used or not."""
         if self.privacy.central:
             return ()
-        found = [self._of_site(party, self._work(own), told, round) for party, own in rows.items()]
+        found = [self._of_site(party, self._work(own, told), told, round) for party, own in rows.items()]
         self.ledger.record(*found)
         return found
 
-    def mean(self, told: Tensors) -> Mean:
-        """How deltas become a sum that is to be noised: on a grid that does not depend on who was asked."""
-        return Mean(bound=max(float(told[NORM]), 2.0**-100), weight_bound=1.0)
+    def mean(self, told: Tensors) -> Mean | None:
+        """How deltas that are to be noised, or whole numbers, become a sum: on a grid that depends on nobody's data.
+
+        None where it is as the algorithm has it.
+        """
+        if self.privacy.whole is not None:
+            return Mean(bound=2.0**self.privacy.whole, weight_bound=1.0)
+        return Mean(bound=max(float(told[NORM]), 2.0**-100), weight_bound=1.0) if self.privacy.central else None
+
+    def terms(self, op: str, told: Tensors) -> Terms | None:
+        """Those of a sum whose noise sites add in shares; None where there is no such sum."""
+        if self.privacy.whole is None:
+            return None
+        asked = told_number(told, distributed.SITES if op == "statistics" else distributed.COHORT)
+        return Terms(weight_bound=1.0, whole=self.privacy.whole, asked=asked)
 
     def training_at(self, site: Site, told: Tensors, round: int) -> tuple[PrivateSteps, Noise] | None:
         """How a site has to train, and with which noise; None: as it would.
 
         Raises BadInput for a request that does not go with the guarantee, BudgetSpent for one beyond it.
         """
-        work = self._work(len(site.data().train))
+        work = self._work(len(site.data().train), told)
         self._check_request(work, told, round)
         found = self.privacy.steps(work, told)
         return found and (PrivateSteps(clip=found[0], noise=found[1]), self.noise_at(site, told, "steps", round))
@@ -142,7 +164,7 @@ class Guard:
         Raises BudgetSpent if the site's own limit forbids it.
         """
         data = site.data()
-        work = self._work(len(data.train))
+        work = self._work(len(data.train), told)
         update = self.privacy.on_site(update, work, told, self.noise_at(site, told, "update", round))
         if data.ledger is not None:
             data.ledger.record(self._of_site(site.id, work, told, round))
@@ -168,7 +190,8 @@ class Guard:
 
         Where it is solved for each site, that takes seconds, once in a process and those that are forked from it.
         """
-        found = self.privacy.steps(self._work(rows), self.privacy.shared(state))
+        told = self.privacy.shared(state)
+        found = self.privacy.steps(self._work(rows, told), told)
         return state.noise if found is None else found[1]
 
     def prospect(self, state: PrivacyState, party: PartyId, rows: int) -> Prospect:
@@ -177,7 +200,7 @@ class Guard:
         central, limit, known = self.privacy.central, budget(self.privacy), self.ledger.releases()
         start = [self._of_start(told, None if central else party)] if state.start else []
         turns = who.rounds if central else who.participations
-        first = [self._of_round(state, 1) if central else self._of_site(party, self._work(rows), told, 1)]
+        first = [self._of_round(state, 1) if central else self._of_site(party, self._work(rows, told), told, 1)]
         later = [self._of_round(state, 2)] if central else first
 
         def after(count: int) -> list[Release]:
@@ -195,8 +218,9 @@ class Guard:
         )
 
     def moments(self, told: Tensors) -> PrivateMoments:
-        """How the sums of round zero are made private."""
+        """How the sums of round zero are made private. Raises BadInput as `training_at`."""
         privacy = self.privacy
+        self._check_told(told)
         replaced = privacy.unit == "site" and scheme(self.sampling) == "fixed"  # and not left out
         distance = 2.0 if replaced else 1.0
         return PrivateMoments(
@@ -204,7 +228,13 @@ class Guard:
             unit=privacy.unit,
             feature_norm=privacy.feature_norm,
             site_norm=privacy.start_clip,
+            discrete=self._starting(told),
         )
+
+    def _starting(self, told: Tensors) -> Callable[[int], Discrete] | None:
+        if self.privacy.whole is None:
+            return None
+        return self.privacy.starting(told, self.honest(told_number(told, distributed.SITES)))
 
     def started(self, answered: Sequence[PartyId], told: Tensors) -> Sequence[Release]:
         """What round zero lets out: it is in the ledger. Raises BudgetSpent as `released`."""
@@ -222,17 +252,26 @@ class Guard:
 
     def _of_start(self, told: Tensors, of: PartyId | None) -> Release:
         return Release(
-            event=gaussian(self.privacy.start_noise(told)),
+            event=(gaussian if self.privacy.whole is None else distributed.event)(self.privacy.start_noise(told)),
             unit=self.privacy.unit,
             relation=self.privacy.relation(scheme(self.sampling)),
             of=of,
             job=self.job,
         )
 
-    def _work(self, rows: int) -> Work:
+    def _population(self, sites: int, rounds: int) -> Population:
+        who = population(self.sampling, sites, rounds)
+        return who if self.privacy.whole is None else replace(who, honest=self.honest(round(who.cohort)))
+
+    def _work(self, rows: int, told: Tensors) -> Work:
         if rows < 1:
             raise BadInput("this site has no training examples")
-        return Work(rows=rows, rate=sampling_rate(rows, self.training), steps=number_of_steps(rows, self.training))
+        return Work(
+            rows=rows,
+            rate=sampling_rate(rows, self.training),
+            steps=number_of_steps(rows, self.training),
+            honest=1 if self.privacy.whole is None else self.honest(told_number(told, distributed.COHORT)),
+        )
 
     def _epsilon(self, releases: Sequence[Release], of: PartyId | None = None) -> float:
         own = self.privacy
@@ -265,14 +304,37 @@ class Guard:
         privacy, limit = self.privacy, budget(self.privacy)
         if privacy.central:
             return
-        if privacy.noise is None and not 1 <= round <= int(told[ROUNDS]):
-            raise BadInput(f"it is asked for round {round}, with noise for {int(told[ROUNDS])} rounds")
+        self._check_told(told)
+        if privacy.noise is None and not 1 <= round <= self.rounds:
+            raise BadInput(f"it is asked for round {round}, and its experiment has {self.rounds}")
         if privacy.noise is not None and limit is not None:
             before = [self._of_start(told, "")] if self.start else []
             if not Account(budget=limit, unit=privacy.unit).fits(
                 [*before, *[self._of_site("", work, told, round)] * round]
             ):
                 raise BudgetSpent(f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}")
+
+    def _check_told(self, told: Tensors) -> None:
+        """Raise BadInput where a site would make less noise, from what it is told, than for its experiment."""
+        self._check_asked(told)
+        if self.privacy.central or self.privacy.noise is not None:
+            return
+        rounds = told_number(told, ROUNDS)
+        if rounds < self.rounds:
+            raise BadInput(f"it is told of {rounds} rounds, and its experiment has {self.rounds}")
+        if distributed.START in told and bool(told_number(told, distributed.START)) != self.start:
+            raise BadInput("what it is told of round zero is not what its experiment says")
+
+    def _check_asked(self, told: Tensors) -> None:
+        """Raise BadInput where noise in shares would be made for other numbers of sites than its experiment has."""
+        if self.privacy.whole is None:
+            return
+        sites, cohort = (told_number(told, name) for name in (distributed.SITES, distributed.COHORT))
+        if self.registered not in (None, sites):
+            raise BadInput(f"it is told of {sites} sites, and its experiment has the identities of {self.registered}")
+        asked = self.sampling.size if isinstance(self.sampling, Fixed) else sites
+        if cohort != asked:
+            raise BadInput(f"it is told that a round asks {cohort} sites, and by its experiment it is {asked}")
 
     @cached_property
     def _contents(self) -> Contents:
@@ -307,8 +369,8 @@ class Guard:
         known = self.ledger.releases()
         if self.privacy.noise is None and not known:
             return  # solving the noise would have shown it
-        some = self._work(2 * self.training.batch)
         told = self.privacy.shared(state)
+        some = self._work(2 * self.training.batch, told)
         new = self._of_round(state, 1) if self.privacy.central else self._of_site(party, some, told, 1)
         self._epsilon([*known, new])
 

@@ -14,21 +14,22 @@ update is neither timed nor in the memory.
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fedelta.algorithms.federation import Federation
-from fedelta.algorithms.parts import Clear
+from fedelta.algorithms.parts import Clear, Collect
 from fedelta.core import codec
 from fedelta.core.errors import TrainingFailed
 from fedelta.core.examples import Examples
-from fedelta.core.messages import PartyId, Reply, Request, Tensors
-from fedelta.core.program import Site, SiteData
+from fedelta.core.grid import Terms
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors
+from fedelta.core.program import Fleet, Sight, Site, SiteData
 from fedelta.core.swap import swapped
 from fedelta.learning.apart import Memory, apart
 from fedelta.learning.training import by_length
@@ -100,6 +101,35 @@ def rehearse(
     return apart(partial(_Site(federation, requests, site, data).rehearse, steps, seconds))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Bare:
+    """A collect that leaves an answer as it is before it is hidden, of which it otherwise promises the same."""
+
+    collect: Collect
+    shows: ClassVar[Sight] = Clear.shows
+    least: ClassVar[int] = Clear.least
+
+    @property
+    def whole(self) -> bool:
+        return self.collect.whole
+
+    @property
+    def registered(self) -> int | None:
+        return self.collect.registered
+
+    def honest(self, cohort: int) -> int:
+        return self.collect.honest(cohort)
+
+    def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
+        return Clear().gather(fleet, requests, together, terms)
+
+    def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors], terms: Terms) -> Reply:
+        return Clear().handle(request, site, outgoing, terms)
+
+    def answer(self, request: Request, site: Site) -> Reply:
+        return Clear().answer(request, site)
+
+
 class _Site:
     def __init__(self, federation: Federation[Any], requests: Mapping[str, Tensors], name: str, data: SiteData) -> None:
         # A task of its own: what this process has built for the other one would not show in the memory.
@@ -109,7 +139,9 @@ class _Site:
         given: Any = federation.privacy
         privacy = None if given is None else replace(given, noise=1.0, epsilon=None)
         algorithm = swapped(federation.algorithm, task, own)
-        self._federation = replace(federation, algorithm=algorithm, privacy=privacy, collect=Clear())
+        self._federation = replace(
+            federation, algorithm=algorithm, privacy=privacy, collect=_Bare(collect=federation.collect)
+        )
         self._requests, self._name, self._data = requests, name, replace(data, ledger=None)
         self._buffers: deque[bytes] = deque(maxlen=4)  # the messages of two rounds
 

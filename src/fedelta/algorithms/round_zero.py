@@ -51,6 +51,13 @@ def ridge(start: ClosedForm) -> Ridge:
     return start
 
 
+def check_private(private: PrivateMoments, task: Task, module: nn.Module) -> None:
+    """Raise BadInput, before any site is asked, if what sites would send cannot be made private."""
+    if private.discrete is not None:
+        layer = _linear(module, head_layer(module, classes(task)))
+        private.discrete(private_layout(classes(task), layer.in_features).size)
+
+
 def usual(task: Task, examples: Examples, seed: int, plan: Plan) -> ClosedForm | None:
     """`USUAL` for a head that is new; None for one that is pre-trained, or that has no closed form.
 
@@ -187,7 +194,7 @@ def _arriving(
             except BadTensors as error:
                 tally.absent |= dict.fromkeys(senders, f"its statistics are malformed: {error}")
                 continue
-            refusal = RULE.refuse(update)
+            refusal = RULE.refuse(update) if private is None or private.discrete is None else None
             if refusal is not None:
                 tally.absent |= dict.fromkeys(senders, refusal)
                 continue

@@ -169,7 +169,7 @@ def _check_sums(federation: Parts) -> None:
     if privacy is not None and privacy.central and scheme(federation.sampling) in ("poisson", "fixed"):
         raise UnsoundCombination(
             f"{federation.sampling} makes {type(privacy).__name__} stronger as nobody knows who was asked, and under "
-            f"{collect} all who were asked know each other; use All() or Cyclic() sampling, or Clear()"
+            f"{collect} sites know each other, or sums of too few show it; use All() or Cyclic() sampling, or Clear()"
         )
 
 
@@ -198,6 +198,11 @@ def _check_privacy(federation: Parts, privacy: Privacy) -> None:
     """What no guarantee allows."""
     own, algorithm = type(privacy).__name__, type(federation.algorithm).__name__
     privacy.check(scheme(federation.sampling))
+    if privacy.whole is not None and not federation.collect.whole:
+        raise UnsoundCombination(
+            f"the noise of one site under {own} hides nothing by itself, and {federation.collect} makes no sum of "
+            "whole numbers whose parts nobody sees; use SecureAggregation() as the collect, or LocalDP()"
+        )
     if federation.validate_at_sites:
         raise UnsoundCombination(
             f"what sites measure on their own rows is a release that {own} does not cover; leave validate_at_sites out "
@@ -225,10 +230,10 @@ def _check_privacy(federation: Parts, privacy: Privacy) -> None:
 def _check_sites(federation: Parts, privacy: Privacy) -> None:
     """What a bound on one site's part in a sum rests on."""
     own, algorithm = type(privacy).__name__, federation.algorithm
-    if federation.start is not None and not privacy.central:
+    if federation.start is not None and not privacy.central and privacy.whole is None:
         raise UnsoundCombination(
-            f"the sums of features of one site drown in the noise of {own}; leave `start` out, or use SiteLevel() or "
-            "ExampleLevel()"
+            f"the sums of features of one site drown in the noise of {own}; leave `start` out, or use SiteLevel(), "
+            "DistributedDP() or ExampleLevel()"
         )
     if not isinstance(federation.aggregation, Mean):
         raise UnsoundCombination(

@@ -52,14 +52,17 @@ from fedelta.learning.prompts import Prompt
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.privacy.clipping import AdaptiveClip
+from fedelta.privacy.distributed import DistributedDP
 from fedelta.privacy.example_level import ExampleLevel
 from fedelta.privacy.local_dp import LocalDP
 from fedelta.privacy.site_level import SiteLevel
 from fedelta.secure.aggregation import SecureAggregation
+from fedelta.secure.homomorphic import HomomorphicEncryption
 
 SITES = tuple(f"site-{number}" for number in range(6))
 INPUTS, CLASSES, TOKENS = 4, 2, 12
-COLLECTS: tuple[Collect, ...] = (Clear(), SecureAggregation())
+# whole weights of this tiny model, which HetLoRA sends, are larger than the bound of an encrypted difference
+COLLECTS: tuple[Collect, ...] = (Clear(), SecureAggregation(), HomomorphicEncryption(bound=64.0))
 YES, NOT_APPLICABLE = "✓", "–"
 _TRAINING = Training(optimizer=SGD(lr=0.1), batch=4)
 
@@ -125,14 +128,15 @@ PROTECTIONS = tuple(
         ("SiteLevel, Poisson()", SiteLevel(clip=0.5, noise=0.01), Poisson(rate=0.9)),
         ("SiteLevel, Fixed()", SiteLevel(clip=0.5, noise=0.01, accountant="rdp"), Fixed(size=4)),
         ("SiteLevel, Cyclic()", SiteLevel(clip=0.5, noise=0.01), Cyclic(groups=2)),
+        ("DistributedDP", DistributedDP(clip=0.5, noise=0.1), All()),
         ("LocalDP", LocalDP(clip=0.5, noise=0.01), All()),
         ("ExampleLevel", ExampleLevel(clip=1.0, noise=0.01), All()),
     )
 )
 _MEANING = (
     f"{YES}: it is built, and begins. A number: it is refused, with that sentence below. {NOT_APPLICABLE}: there is no "
-    "such thing. Before the slash with Clear(), where the coordinator gets each update, and after it with "
-    "SecureAggregation(), where it gets their sum. Columns are guarantees, with the sampling where one rests on it."
+    "such thing. First with Clear(), where the coordinator gets each update, then with SecureAggregation() and with "
+    "HomomorphicEncryption(), where it gets their sum. Columns are guarantees, with the sampling where one rests on it."
 )
 
 

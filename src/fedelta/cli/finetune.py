@@ -209,7 +209,10 @@ def command(**options: Any) -> None:
     from fedelta.cli.finetune_job import FineTuning
 
     settings = RunSettings.take(options, Path("runs/finetune"))
-    asked = privacy.Asked(**{name: options.pop(name) for name in ("epsilon", "delta", "unit", "clip", "noise")})
+    bits = options["secure_bits"]
+    asked = privacy.Asked(
+        **{name: options.pop(name) for name in ("epsilon", "delta", "unit", "clip", "noise")}, bits=bits
+    )
     masks = secure.Masks.take(options)
     given = {name: value for name, value in options.items() if value is not None}
     FineTuning(**given, privacy=asked, masks=masks).run(settings)

@@ -29,6 +29,7 @@ from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi
 from fedelta.algorithms.fedprox import FedProx
 from fedelta.algorithms.mechanism import Entropy
+from fedelta.algorithms.parts import Clear
 from fedelta.algorithms.sampling import All, Fixed, Poisson, Sampling
 from fedelta.cli.experiment import Sites
 from fedelta.cli.finetune_data import Continued, Images, Masked, Numbers, Reading, Recordings, Texts, Words
@@ -59,8 +60,10 @@ from fedelta.learning.structure import listing
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.learning.tuning import BitFit, Full, Head, HeadAndNorms, LastLayers, Tuning
+from fedelta.privacy.distributed import DistributedDP
 from fedelta.privacy.example_level import ExampleLevel
 from fedelta.privacy.local_dp import LocalDP
+from fedelta.secure.aggregation import SecureAggregation
 
 if TYPE_CHECKING:
     import pandas
@@ -176,6 +179,7 @@ class FineTuning:
             privacy=privacy,
             entropy=self.entropy,
             sampling=self._sampling(len(data.sites)),
+            collect=SecureAggregation() if isinstance(privacy, DistributedDP) else Clear(),
             seed=self.seed,
             test=None if algorithm.personal else data.test,
             validate_at_sites=algorithm.personal,

@@ -8,10 +8,12 @@ from fedelta.core.program import Sight
 from fedelta.core.release import Relation
 from fedelta.observe.text import plural
 from fedelta.privacy.clipping import AdaptiveClip
+from fedelta.privacy.distributed import DistributedDP
 from fedelta.privacy.example_level import ExampleLevel
 from fedelta.privacy.local_dp import LocalDP
 from fedelta.privacy.site_level import SiteLevel
 from fedelta.secure.aggregation import SecureAggregation
+from fedelta.secure.homomorphic import HomomorphicEncryption
 
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
@@ -46,6 +48,8 @@ def mechanism(privacy: Privacy) -> str:
     match privacy:
         case ExampleLevel():
             return f"DP-SGD at each site: the gradient of each row cut to norm {privacy.clip:g}, noise in every step"
+        case DistributedDP():
+            return f"each site cuts its update to norm {privacy.clip:g} and adds its share of the noise of a sum"
         case LocalDP():
             return f"each site cuts its update to norm {privacy.clip:g} and adds noise before it leaves"
         case SiteLevel(clip=AdaptiveClip()):
@@ -83,6 +87,7 @@ def trust(federation: "Federation[Any]", bearing: Bearing | None = None) -> list
         return [
             ("the coordinator", f"sees {received(federation)}; nothing bounds what that tells about a row"),
             *_colluding(federation, bearing),
+            *_key_party(federation),
             ("another site", f"sees {models}{_list(federation)}; nothing bounds what that tells about a row"),
             ("whoever sees the models", "nothing bounds what they tell about a row"),
             ("an eavesdropper", _overheard(federation)),
@@ -92,6 +97,7 @@ def trust(federation: "Federation[Any]", bearing: Bearing | None = None) -> list
             ("the site itself", "has its rows; it is trusted to add its noise, with randomness that nobody else knows"),
             ("the coordinator", f"protected from: it gets {received(federation)}; it learns who took part, and when"),
             *_colluding(federation, bearing),
+            *_key_party(federation),
             ("another site", f"protected from: it sees models that are made of noised updates{_list(federation)}"),
             ("whoever sees the models", "protected from"),
             ("an eavesdropper", "protected from, as from the coordinator, even if the line is not encrypted"),
@@ -105,6 +111,7 @@ def trust(federation: "Federation[Any]", bearing: Bearing | None = None) -> list
             f"NOT protected from: it gets {received(federation)}; it is trusted to add the noise{choose}",
         ),
         *_colluding(federation, bearing),
+        *_key_party(federation),
         ("another site", f"protected from{hidden}: it sees the noised models{alone}{_list(federation)}"),
         ("whoever sees the models", f"protected from{hidden}"),
         ("an eavesdropper", _overheard(federation)),
@@ -130,20 +137,25 @@ def received(federation: "Federation[Any]") -> str:
         what, single = "the sum of the updates, each cut to a norm, without noise", "nothing"
     else:
         what, single = "the sum of the updates with their noise", "nothing"
-    return f"{what}; of a single site {single}{_masks(federation)}"
+    return f"{what}; of a single site {single}{_hidden(federation)}"
 
 
 def collected(federation: "Federation[Any]") -> str:
     """How updates reach the coordinator: "in the clear", or how not."""
     collect = federation.collect
+    if isinstance(collect, HomomorphicEncryption):
+        return "encrypted (CKKS); only their sum is opened, by the key party"
     if isinstance(collect, SecureAggregation):
-        return f"under masks, as integers of {collect.bits} bits, which only add up (secure aggregation)"
+        whole = None if federation.privacy is None else federation.privacy.whole
+        return f"under masks, as integers of {whole or collect.bits} bits, which only add up (secure aggregation)"
     return "in the clear" if collect.shows is Sight.EACH else "only as their sum"
 
 
-def _masks(federation: "Federation[Any]") -> str:
-    """Of whom masks protect from."""
+def _hidden(federation: "Federation[Any]") -> str:
+    """Of whom masks, or encryption, protect from."""
     collect = federation.collect
+    if isinstance(collect, HomomorphicEncryption):
+        return ", as long as it keeps to the protocol and does not work together with the key party"
     if not isinstance(collect, SecureAggregation):
         return ""
     if collect.identities is None:
@@ -158,8 +170,13 @@ def _colluding(federation: "Federation[Any]", bearing: Bearing | None) -> list[t
         who = "the coordinator with other sites"
         if privacy is not None and not privacy.central:
             return [(who, "protected from, as from the coordinator alone")]
+        if collect.shows is Sight.SUM:
+            return [(who, "sees the sum of the updates of the others, which may be a single one")]
         return [(who, "sees what the coordinator sees, and what these sites have; of any other no more than that")]
-    others = bearing.quorum - bearing.colluding if collect.identities is None else bearing.least
+    others = collect.honest(bearing.sites)
+    if privacy is not None and privacy.whole is not None:
+        who = f"the coordinator with up to {max(1, bearing.colluding)} of {plural(bearing.sites, 'site')}"
+        return [(who, f"protected from: the noise of at least {others} others is in what they see, which is enough")]
     who = f"the coordinator with up to {bearing.colluding} of {plural(bearing.sites, 'site')}"
     what = f"the sum of the updates of the others, at least {others}"
     if not bearing.colluding:
@@ -175,9 +192,21 @@ def _colluding(federation: "Federation[Any]", bearing: Bearing | None) -> list[t
     return [(who, f"{what}; with more sites it may see single updates")]
 
 
+def _key_party(federation: "Federation[Any]") -> list[tuple[str, str]]:
+    """Who has the secret key, where updates are encrypted."""
+    if not isinstance(federation.collect, HomomorphicEncryption):
+        return []
+    privacy = federation.privacy
+    noised = "" if privacy is None else ", without noise" if privacy.central else ", with the noise of the sites"
+    return [("the key party", f"sees the sums that it opens{noised}; together with the coordinator, each update")]
+
+
 def _overheard(federation: "Federation[Any]") -> str:
     """What travels, without noise of the sites' own."""
     summed, central = federation.collect.shows is Sight.SUM, federation.privacy is not None
+    if isinstance(federation.collect, HomomorphicEncryption):
+        line = "sees, on the lines of the sites, the models, who takes part, and ciphertexts"
+        return f"{line}; between coordinator and key party the sum of the updates, unless that line is encrypted"
     if not summed:
         if central:
             return "NOT protected from: updates travel without noise, so the line has to be encrypted"

@@ -21,6 +21,7 @@ _COMMANDS = {
     "ledger": "Check a privacy ledger, and tell what was released and what it adds up to.",
     "plan": "Tell what a run of an experiment file will send, need and show, before anything is sent.",
     "run": "Simulate an experiment file.",
+    "stats": "Counts, means, histograms and quantiles over the sites, of which only sums are seen.",
 }
 
 

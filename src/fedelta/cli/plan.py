@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedelta.algorithms.forecast import Forecast, Link, RoundForecast, Tier
+from fedelta.algorithms.forecast_encrypted import LARGE, Encrypted
 from fedelta.algorithms.forecasting import forecast
 from fedelta.algorithms.mechanism import scheme
 from fedelta.cli import guarantees
@@ -21,6 +22,7 @@ from fedelta.cli.secure import Masks, secure_options
 from fedelta.core.program import Sight
 from fedelta.observe.text import bytes_text, plural, seconds_text
 from fedelta.secure.aggregation import SecureAggregation
+from fedelta.secure.homomorphic import HomomorphicEncryption
 
 _GROUPS_SHOWN = 16  # lines of the table; more are summed up
 _FAILURES_SHOWN = 3
@@ -122,6 +124,7 @@ def numbers(found: Forecast, link: Link) -> dict[str, object]:
         "coordinator_sees": federation.collect.shows.value,
         "trust": dict(guarantees.trust(federation, found.bearing)),
         "secure_sum": _secure_sum(found),
+        "encrypted": None if (encrypted := _encrypted(found)) is None else asdict(encrypted),
         "test_rows": 0 if federation.test is None else len(federation.test),
         "privacy": _guarantee(found),
         "checks": [asdict(check) for check in found.checks],
@@ -269,17 +272,25 @@ def _besides(found: Forecast) -> list[str]:
 
 def _secure_sum(found: Forecast) -> dict[str, object] | None:
     """The secure sum of the smallest cohort; its bytes are those of a site in the largest."""
-    bearing, collect = found.bearing, found.federation.collect
+    bearing, collect, privacy = found.bearing, found.federation.collect, found.federation.privacy
     if bearing is None or not isinstance(collect, SecureAggregation):
         return None
     around = found.around("train")
     return {
-        "bits": collect.bits,
+        "bits": (privacy and privacy.whole) or collect.bits,
         "identities": collect.identities is not None,
         **asdict(bearing),
         "bytes_down": around.each_down,
         "bytes_up": around.each_up,
     }
+
+
+def _encrypted(found: Forecast) -> Encrypted | None:
+    """An update of a round's training, where they are encrypted."""
+    collect = found.federation.collect
+    return (
+        Encrypted.of(collect, found.tiers[0].rehearsal.update) if isinstance(collect, HomomorphicEncryption) else None
+    )
 
 
 def _guarantee(found: Forecast) -> dict[str, object]:
@@ -368,12 +379,22 @@ def _remarks(found: Forecast) -> list[str]:
         lines.append(f"{len(failing) - _FAILURES_SHOWN} more sites will not answer.")
     if found.federation.stop is not None:
         lines.append(f"The run may end earlier: {found.federation.stop}.")
+    encrypted = _encrypted(found)
+    if encrypted is not None:
+        lines.append(
+            f"An update of {encrypted.numbers:,} numbers is {plural(encrypted.ciphertexts, 'ciphertext')}, "
+            f"{bytes_text(encrypted.bytes)}: {encrypted.expansion:,.1f} times its bytes in the clear. Encryption takes "
+            f"{seconds_text(encrypted.seconds)} at a site; the coordinator's exchange with the key party is not told."
+        )
+        if encrypted.numbers >= LARGE:
+            lines.append("Encryption is meant for updates of LoRA's size; for this one take --secure, or LoRA.")
+    hiding = "masks" if found.bearing is not None else "encryption" if encrypted is not None else ""
     exact = all(check.holds for check in found.checks if check.what == "bytes are exact")
     lines.append(
         ("Bytes are those that the run will report, unless a site fails. " if exact else "")
         + "Time and memory are those of one thread of this machine; memory is beside Python and its libraries, and "
-        + ("neither masks nor " if found.bearing is not None else "")
+        + (f"neither {hiding} nor " if hiding else "")
         + "the coordinator's adding up "
-        + ("are in them." if found.bearing is not None else "takes no time.")
+        + ("are in them." if hiding else "takes no time.")
     )
     return lines

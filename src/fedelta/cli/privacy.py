@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 LEDGER = "ledger.jsonl"
-UNITS = ("example", "site", "local")
+UNITS = ("example", "site", "distributed", "local")
 _POSITIVE = click.FloatRange(0, min_open=True)
 _OPTIONS = (
     click.option(
@@ -37,7 +37,8 @@ _OPTIONS = (
         type=click.Choice(UNITS),
         show_default="example",
         help="What is protected. example: each row, by noise that its site adds in training; site: all rows of a site "
-        "together, by noise that the coordinator adds; local: the same, by noise that the site adds.",
+        "together, by noise that the coordinator adds; distributed: the same, by noise that sites add in shares under "
+        "--secure, so that the coordinator sees no sum without it; local: by noise that suffices for each site alone.",
     ),
     click.option(
         "--clip",
@@ -86,8 +87,16 @@ def refusals(options: dict[str, Any]) -> list[tuple[bool, str]]:
             f"--{min(given, default='')} has no effect without --epsilon or --noise; give one of them.",
         ),
         (
-            options["unit"] == "local" and options["clip"] is None,
-            "--unit local needs --clip: no site may say how large its update is.",
+            options["unit"] in ("local", "distributed") and options["clip"] is None,
+            f"--unit {options['unit']} needs --clip: no site may say how large its update is.",
+        ),
+        (
+            options["unit"] == "distributed" and not options["secure"],
+            "--unit distributed needs --secure: what a site adds to its update hides it in a sum, and not by itself.",
+        ),
+        (
+            options["unit"] == "distributed" and options["secure_bits"] == 64,
+            "--unit distributed adds integers of 16 bits, or of 32 (--secure-bits 32), and not of 64; leave it out.",
         ),
         (
             options["sample_rate"] is not None and options["per_round"] is not None,
@@ -105,10 +114,12 @@ class Asked:
     unit: str | None = None
     clip: float | None = None
     noise: float | None = None
+    bits: int | None = None  # of integers in which noise is added in shares
 
     def guarantee(self, *, fixed: bool) -> "Privacy | None":
         """None if none was asked for; `fixed` says whether cohorts have a fixed size, which only RDP accounts for."""
         from fedelta.privacy.clipping import AdaptiveClip
+        from fedelta.privacy.distributed import DistributedDP
         from fedelta.privacy.example_level import ExampleLevel
         from fedelta.privacy.local_dp import LocalDP
         from fedelta.privacy.site_level import SiteLevel
@@ -119,6 +130,9 @@ class Asked:
         if self.unit == "site":
             clip = AdaptiveClip() if self.clip is None else self.clip
             return SiteLevel(clip=clip, accountant="rdp" if fixed else "pld", **amounts)
+        if self.unit == "distributed":
+            assert self.clip is not None
+            return DistributedDP(clip=self.clip, bits=32 if self.bits == 32 else 16, **amounts)
         if self.unit == "local":
             assert self.clip is not None
             return LocalDP(clip=self.clip, **amounts)

@@ -71,6 +71,8 @@ def event_text(event: Mapping[str, Plain]) -> str:
             return " and ".join(event_text(one) for one in given if isinstance(one, dict))
         case "tree_aggregation":
             return f"Gaussian noise {_number(value, 'noise_multiplier')} on a tree of {_number(value, 'steps')} steps"
+        case "concentrated":
+            return f"sum of discrete Gaussian noise: concentrated, rho {_number(value, 'rho')}"
         case "gaussian":
             return f"Gaussian noise {_number(value, 'noise_multiplier')}"
         case "self_composed":

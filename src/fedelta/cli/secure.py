@@ -1,7 +1,8 @@
-"""The options of secure aggregation, and the collect that they ask for.
+"""The options of secure aggregation and of encryption, and the collect that they ask for.
 
 Sites of a simulation have no identities: in a deployment each has a key, and `SecureAggregation.identities` has the
-public ones.
+public ones. The key party of a simulation is in its process; in a deployment it is a third party, and
+`HomomorphicEncryption.public` has its key.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +34,12 @@ _OPTIONS = (
         show_default="64",
         help="Of the integers that are added. 64: the mean has the bits of one in the clear; 32: half the bytes.",
     ),
+    click.option(
+        "--homomorphic",
+        is_flag=True,
+        help="Homomorphic encryption: sites encrypt what they send, and a key party opens the sum that the coordinator "
+        "makes of it. For LoRA-sized updates; 7 times the bytes.",
+    ),
 )
 
 
@@ -48,7 +55,11 @@ def refusals(options: dict[str, Any]) -> list[tuple[bool, str]]:
         (
             options["secure_bits"] is not None and not options["secure"],
             "--secure-bits has no effect without --secure; give both.",
-        )
+        ),
+        (
+            options["homomorphic"] and options["secure"],
+            "--secure and --homomorphic are two ways to add updates up unseen; leave one of them out.",
+        ),
     ]
 
 
@@ -58,6 +69,7 @@ class Masks:
 
     secure: bool = False
     secure_bits: int | None = None
+    homomorphic: bool = False
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> "Masks":
@@ -65,7 +77,7 @@ class Masks:
         for wrong, sentence in refusals(options):
             if wrong:
                 raise click.UsageError(sentence)
-        return cls(secure=options.pop("secure"), secure_bits=options.pop("secure_bits"))
+        return cls(**{name: options.pop(name) for name in ("secure", "secure_bits", "homomorphic")})
 
     def on(self, federation: "Federation[Any]", sites: "Sites") -> "Federation[Any]":
         """The federation, whose updates are added up securely if that was asked for.
@@ -74,9 +86,10 @@ class Masks:
         up to the rows of the largest site, where rows are weights. Raises UnsoundCombination where the parts need more
         than sums, BadInput for noise that the integers have no room for.
         """
+        if self.homomorphic:
+            return _encrypted(federation, sites)
         if not self.secure:
             return federation
-        from fedelta.adapters.hetlora import HetLoRA
         from fedelta.privacy.local_dp import LocalDP
         from fedelta.secure.aggregation import SecureAggregation
 
@@ -88,12 +101,37 @@ class Masks:
                 raise BadInput(
                     "the noise of LocalDP goes beyond the bound of integers of 32 bits; use --secure-bits 64"
                 )
-            if federation.privacy is not None and federation.privacy.central:
-                given["weight_bound"] = 1.0  # all sites count alike
-            elif not isinstance(federation.algorithm, HetLoRA):
-                given["weight_bound"] = float(max((len(rows) for rows in _held(sites)), default=1) or 1)
+            given |= _weights(federation, sites)
         least = max(SecureAggregation.least, federation.min_sites)
         return replace(federation, min_sites=1, collect=SecureAggregation(least=least, **given))
+
+
+def _encrypted(federation: "Federation[Any]", sites: "Sites") -> "Federation[Any]":
+    """With updates that are added up encrypted, as finely as the number of sites and their rows allow."""
+    from fedelta.core.extras import require
+    from fedelta.privacy.local_dp import LocalDP
+    from fedelta.secure import ckks
+    from fedelta.secure.homomorphic import HomomorphicEncryption
+
+    require(ckks.EXTRA, ckks.LIBRARY)
+    if isinstance(federation.collect, HomomorphicEncryption):
+        return federation
+    if isinstance(federation.privacy, LocalDP):
+        raise BadInput("the noise of LocalDP goes beyond the bound of encrypted numbers; use --secure")
+    least = max(HomomorphicEncryption.least, federation.min_sites)
+    collect = HomomorphicEncryption(least=least, most=max(least, len(sites.names)), **_weights(federation, sites))
+    return replace(federation, min_sites=1, collect=collect)
+
+
+def _weights(federation: "Federation[Any]", sites: "Sites") -> dict[str, Any]:
+    """The bound on weights that is known, if one is: the finest grid."""
+    from fedelta.adapters.hetlora import HetLoRA
+
+    if federation.privacy is not None and federation.privacy.central:
+        return {"weight_bound": 1.0}  # all sites count alike
+    if isinstance(federation.algorithm, HetLoRA):
+        return {}
+    return {"weight_bound": float(max((len(rows) for rows in _held(sites)), default=1) or 1)}
 
 
 def _held(sites: "Sites") -> Sequence["Examples"]:

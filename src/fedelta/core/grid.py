@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,17 @@ _SHIFT_BITS = 0x4338_0000_0000_0000  # of _SHIFT as a float64
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """On what terms updates are added: bounds on every |value| and on the weight of one site."""
+    """On what terms updates are added: bounds on every |value| and on the weight of one site.
+
+    `whole` is for vectors of whole numbers, which are added as they are, modulo 2**whole: then nothing is out of
+    bounds, and no weight but 1 is possible. `asked` is for noise that was made for a sum over so many sites.
+    """
 
     bound: float = 2.0**8
     weight_bound: float = 2.0**20
     public: frozenset[str] = field(default=frozenset())  # names of sums that are no secret of a site
+    whole: Literal[16, 32] | None = None
+    asked: int | None = None  # sites
 
     def __post_init__(self) -> None:
         for name in ("bound", "weight_bound"):

@@ -38,6 +38,10 @@ class Noise(Protocol):
         """Those of 0..n-1, in order (int64), that are drawn when each is with probability `rate`, independently."""
         ...
 
+    def words(self, n: int) -> Tensor:
+        """n independent uniform numbers over the whole range of int64."""
+        ...
+
 
 class SeededNoise:
     """A function of (seed, path): for simulations."""
@@ -55,6 +59,9 @@ class SeededNoise:
         _check_rate(rate)
         draws = torch.rand(n, generator=self._generator, dtype=torch.float64)
         return (draws < rate).nonzero().squeeze(1)
+
+    def words(self, n: int) -> Tensor:
+        return torch.empty(n, dtype=torch.int64).random_(-(2**63), None, generator=self._generator)
 
 
 class SystemNoise:
@@ -97,9 +104,12 @@ class SystemNoise:
         found = [(_words(min(_PIECE, n - start)) < limit).nonzero().squeeze(1) + start for start in starts]
         return torch.cat([torch.empty(0, dtype=torch.int64), *found])
 
+    def words(self, n: int) -> Tensor:
+        return _words(n)
+
 
 def _normals(n: int) -> Tensor:
-    """Independent N(0, 1) in float64, n <= _PIECE + _BLOCK."""
+    """Independent N(0, 1) in float64."""
     words = _words(2 * ((n + 1) // 2)).view(2, -1)
     # 63 bits and a half: never 0, and small ones have all of their digits
     uniform = words[0].bitwise_and_(2**63 - 1).double().add_(0.5).mul_(2.0**-63)
@@ -113,8 +123,10 @@ def _words(n: int) -> Tensor:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
     words = torch.empty(n, dtype=torch.int64)
-    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
-    stream.update_into(memoryview(_ZEROS)[: 8 * n], words.numpy().view(np.uint8).data)
+    for start in range(0, n, _PIECE + _BLOCK):
+        piece = words[start : start + _PIECE + _BLOCK]
+        stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+        stream.update_into(memoryview(_ZEROS)[: 8 * len(piece)], piece.numpy().view(np.uint8).data)
     return words
 
 

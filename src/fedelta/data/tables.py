@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int64]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FORMATS = ".csv, .tsv, .json, .jsonl, .ndjson (each also with .gz) and .parquet"
+_FORMATS = ".csv, .data (as csv), .tsv, .json, .jsonl, .ndjson (each also with .gz) and .parquet"
 
 
 def read_table(
@@ -49,7 +49,7 @@ def read_table(
     """
     path = Path(source).expanduser()
     kind = _kind(path)
-    if columns is not None and (path.is_dir() or kind not in (".csv", ".tsv")):
+    if columns is not None and (path.is_dir() or kind not in (".csv", ".data", ".tsv")):
         raise BadInput(f"{source} names its own columns; give column names only for csv or tsv files without a header")
     if path.is_dir():
         return _frame(from_folder(path, split))
@@ -323,6 +323,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> "pandas.DataFram
 
 _READERS: dict[str, Callable[[Path, Sequence[str] | None], "pandas.DataFrame"]] = {
     ".csv": _read_csv,
+    ".data": _read_csv,  # as the UCI repository names its tables
     ".tsv": _read_tsv,
     ".json": _read_json,
     ".jsonl": _read_json,

@@ -23,8 +23,10 @@ Rounding (of the sums, and of features that are computed in one batch with other
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +42,19 @@ _FIRST = math.sqrt(1 - _SECOND**2)
 VARIANCE = "variance"  # in `Update.sums`: of the noise in the sum of what was sent; no secret
 # Less hides nothing; more leaves nothing to be learned, and one row with so much can still be added to others.
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e3
+_ROTATION = 0  # which of the public ones is that of round zero
+
+
+class Discrete(Protocol):
+    """How vectors of norm 1 at most become whole numbers with a share of noise, and a sum of them a vector again."""
+
+    def at_site(self, vector: Tensor, noise: Noise, seed: int) -> Tensor: ...
+
+    def decoded(self, total: Tensor, seed: int) -> Tensor: ...
+
+    def deviation(self, count: int) -> float:
+        """Standard deviation of an element of a sum over so many."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +62,14 @@ class PrivateMoments:
     """How the sums of round zero are made private.
 
     Where the unit is the example, sites may have noise of their own: each says how much there is in what it sends.
+    With `discrete` noise, for the unit "site", sites add it in shares, and the coordinator none.
     """
 
     noise: float  # z: standard deviation of the noise, in units of the sensitivity; 0 gives no guarantee
     unit: Unit
     feature_norm: float = 1.0  # R, in the units of the features: a public number, never one found on the rows
     site_norm: float = 0.5  # S, in (0, 1], of the mean over a site's rows: 1 cuts nothing; for the unit "site" only
+    discrete: Callable[[int], Discrete] | None = None  # for vectors of so many numbers
 
     def __post_init__(self) -> None:
         if self.noise != 0 and not _LEAST_NOISE <= self.noise <= _MOST_NOISE:
@@ -68,13 +85,16 @@ class PrivateMoments:
     def at_site(self, features: Tensor, targets: Tensor, classes: int, noise: Noise | None) -> Update:
         """What a site sends, of `features` [n, d], n >= 1, and `targets` int64 [n] in 0..classes-1.
 
-        `noise` is drawn from where the unit is the example, and only there. A row of features that are not finite
-        counts as nothing.
+        `noise` is drawn from where the unit is the example, or noise discrete, and only there. A row of features that
+        are not finite counts as nothing.
         """
         sums = row_sums(features, targets, classes, self.feature_norm)
         if self.unit == "site":
             mean = sums.vector / len(targets)
             kept = mean / max(self.site_norm, float(mean.norm()))
+            if self.discrete is not None:
+                assert noise is not None, "shares of noise come from the sites"
+                kept = self.discrete(len(kept)).at_site(kept, noise, _ROTATION)
             return Update(values=sums.like(kept), kind="value")
         assert noise is not None, "noise for single rows comes from their site"
         noise.add_normal(sums.vector, self.noise)
@@ -89,26 +109,30 @@ class PrivateMoments:
             return None
         if update.sums or update.weight != update.count:
             return f"it has the weight {update.weight:g} and the sums {dict(update.sums)}, not the weight 1 of a site"
-        if not float(update.values.vector.norm()) <= 1 + 1e-9:
+        if self.discrete is None and not float(update.values.vector.norm()) <= 1 + 1e-9:
             return f"its norm is {float(update.values.vector.norm()):g}, and that of a site is at most 1"
         return None
 
     def on_total(self, mean: Update, noise: Noise | None) -> Update:
         """The weighted mean of what sites have sent, with the noise in it that is the coordinator's to add.
 
-        `noise` is drawn from where the unit is the site, and only there. `sums` has the variance of all noise in
-        weight x values.
+        `noise` is drawn from where the unit is the site, and noise not discrete, and only there. `sums` has the
+        variance of all noise in weight x values.
         """
         if self.unit == "example":
             return mean
-        assert noise is not None, "noise for single sites comes from the coordinator"
-        noised = mean.values.vector * mean.weight
-        noise.add_normal(noised, self.noise)
+        noised, deviation = mean.values.vector * mean.weight, self.noise
+        if self.discrete is not None:
+            form = self.discrete(len(noised))
+            noised, deviation = form.decoded(noised.round(), _ROTATION), form.deviation(mean.count)
+        else:
+            assert noise is not None, "noise for single sites comes from the coordinator"
+            noise.add_normal(noised, self.noise)
         return Update(
             values=mean.values.like(noised / mean.weight),
             kind=mean.kind,
             weight=mean.weight,
-            sums={VARIANCE: self.noise**2},
+            sums={VARIANCE: deviation**2},
             count=mean.count,
         )
 

@@ -49,8 +49,8 @@ def epsilon(
     the unit is a site. For examples, releases for sites are counted as if the site was replaced (see above). `coarse`
     is a little more than that, some ten times sooner.
 
-    Raises UnsoundCombination where `accountant` has no bound: "pld" for sampling without replacement and for trees,
-    "rdp" for Poisson samples of units that are replaced.
+    Raises UnsoundCombination where `accountant` has no bound: "pld" for sampling without replacement, for trees and
+    for what is concentrated, "rdp" for Poisson samples of units that are replaced.
     """
     _check_delta(delta)
     _check_accountant(accountant)

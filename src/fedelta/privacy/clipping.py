@@ -65,7 +65,14 @@ def check_norm(name: str, norm: float) -> None:
 
 
 def clipped(values: Tensor, norm: float) -> tuple[Tensor, bool]:
-    """`values` scaled down to an L2 norm of at most `norm`, and whether they were within it; they stay as they are."""
+    """`values` scaled down to an L2 norm of at most `norm`, and whether they were within it; they stay as they are.
+
+    Values that are not all finite count as zeros: that they are not is as private as all else.
+    """
     length = float(torch.linalg.vector_norm(values, dtype=torch.float64))
-    within = length <= norm
-    return (values if within else values * (norm * _MARGIN / length)), within
+    if length <= norm:
+        return values, True
+    if not math.isfinite(length):
+        return torch.zeros_like(values), False
+    # in float64: for very long values the factor would have few digits left in float32
+    return (values.double() * (norm * _MARGIN / length)).to(values.dtype), False

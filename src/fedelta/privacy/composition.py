@@ -31,12 +31,20 @@ COARSE = 8  # how much wider the step is for a first look
 BEYOND = 1e4  # no distribution is computed where RDP's epsilon is above this
 MOST_AT_ONCE = 100_000
 FEW_ORDERS = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
+UNKNOWN = {
+    "fixed": "sampling without replacement",
+    "tree": "tree aggregation",
+    "concentrated": "concentrated differential privacy (sums of discrete Gaussian noise)",
+}
 
 
 class _Atom(NamedTuple):
-    """A mechanism that is no composition. `noise` is relative to the sensitivity under the release's relation."""
+    """A mechanism that is no composition. `noise` is relative to the sensitivity under the release's relation.
 
-    kind: Literal["gaussian", "poisson", "fixed", "tree", "non_private"]
+    That of a concentrated one is the noise of the Gaussian mechanism with the same rho.
+    """
+
+    kind: Literal["gaussian", "poisson", "fixed", "tree", "concentrated", "non_private"]
     noise: float = 0.0
     share: float = 1.0  # poisson, fixed: the probability of a unit to be in the sample
     steps: int = 1  # tree
@@ -110,6 +118,8 @@ def _take_apart(event: "DpEvent", times: int, found: Counter[_Atom]) -> None:
                 _take_apart(inner, times, found)
         case dp.SingleEpochTreeAggregationDpEvent(noise_multiplier=noise, step_counts=int(count)):
             found[_Atom("tree", noise, steps=count)] += times
+        case dp.ZCDpEvent(rho=rho):
+            found[_Atom("concentrated", (2 * rho) ** -0.5)] += times
         case dp.PoissonSampledDpEvent(sampling_probability=rate, event=inner):
             if rate > 0:
                 found[_sampled("poisson", rate, inner)] += times
@@ -204,6 +214,8 @@ def _renyi(pair: _Pair, orders: tuple[float, ...] | None = None) -> Any:
         event = dp.SampledWithoutReplacementDpEvent(share.denominator, share.numerator, event)
     elif pair.atom.kind == "tree":
         event = dp.SingleEpochTreeAggregationDpEvent(pair.atom.noise, pair.atom.steps)
+    elif pair.atom.kind == "concentrated":
+        event = dp.ZCDpEvent(0.5 / pair.atom.noise**2)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it says which orders it leaves out, which is no concern of a user
     try:
@@ -219,9 +231,8 @@ def _pld_epsilon(pairs: Counter[_Pair], delta: float, coarse: bool) -> float:
 
     for pair in pairs:
         if pair.atom.kind not in ("gaussian", "poisson"):
-            name = "sampling without replacement" if pair.atom.kind == "fixed" else "tree aggregation"
             raise UnsoundCombination(
-                f"privacy loss distributions are not known for {name}; use accountant 'rdp'"
+                f"privacy loss distributions are not known for {UNKNOWN[pair.atom.kind]}; use accountant 'rdp'"
                 + (", or draw Poisson samples" if pair.atom.kind == "fixed" else "")
             )
     precision = sum(n / pair.atom.noise**2 for pair, n in pairs.items() if pair.atom.kind == "gaussian")

@@ -9,6 +9,7 @@ kinds are those of dp-accounting's `DpEvent` that a mechanism of ours needs:
     {"self_composed": {"count": 50, "event": …}}
     {"composed": […, …]}
     {"tree_aggregation": {"noise_multiplier": 1.1, "steps": 100}}
+    {"concentrated": {"rho": 0.4}}
     {"no_op": {}}, {"non_private": {}}
 
 A ledger may come from somebody else, so `from_plain` takes nothing but this list, with numbers in range and at most 16
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Event = dict[str, Plain]
 
 NOISE = (1e-6, 1e6)  # noise multipliers that accountants can compute with
+RHO = (0.5 / NOISE[1] ** 2, 0.5 / NOISE[0] ** 2)  # of Gaussian mechanisms with these
 MOST = 10**9  # steps, repetitions, units
 DEEPEST = 16
 SAMPLED = "a sampled event must be a gaussian, or gaussians composed on one sample"
@@ -67,6 +69,16 @@ def steps(rate: float, noise_multiplier: float, count: int) -> Event:
     return {"self_composed": {"count": count, "event": poisson_gaussian(rate, noise_multiplier)}}
 
 
+def concentrated(rho: float) -> Event:
+    """rho-zero-concentrated DP (Bun & Steinke, TCC 2016): Renyi divergences up to rho * alpha. RDP accountant only.
+
+    A Gaussian mechanism with the noise multiplier z has rho = 1 / (2 z^2); "1/2 epsilon^2-concentrated" is
+    rho = epsilon^2 / 2. Any relation; where a unit is replaced, rho is that of the replacement: four times the one of
+    a unit that counts as nothing in the other data set.
+    """
+    return {"concentrated": {"rho": rho}}
+
+
 def no_op() -> Event:
     """Nothing about the data."""
     return {"no_op": {}}
@@ -98,6 +110,8 @@ def to_plain(event: "DpEvent") -> Event:
             return {"composed": [to_plain(inner) for inner in events]}
         case dp.SingleEpochTreeAggregationDpEvent(noise_multiplier=noise, step_counts=int(count)):
             return {"tree_aggregation": {"noise_multiplier": float(noise), "steps": count}}
+        case dp.ZCDpEvent(rho=rho, xi=0):
+            return concentrated(float(rho))
     raise BadInput(f"{type(event).__name__} has no plain form; use one of the events that privacy/events.py lists")
 
 
@@ -124,6 +138,9 @@ def _event(event: Plain | Mapping[str, Plain], levels: int) -> "DpEvent":
             return dp.SingleEpochTreeAggregationDpEvent(
                 _number(kind, "noise_multiplier", noise, *NOISE), _whole(kind, "steps", count, MOST)
             )
+        case "concentrated":
+            (rho,) = _fields(kind, value, "rho")
+            return dp.ZCDpEvent(_number(kind, "rho", rho, *RHO))
         case "self_composed":
             count, inner = _fields(kind, value, "count", "event")
             return dp.SelfComposedDpEvent(_event(inner, levels - 1), _whole(kind, "count", count, MOST))

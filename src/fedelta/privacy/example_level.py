@@ -22,7 +22,7 @@ from fedelta.core.noise import Noise
 from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm
 from fedelta.privacy.events import Event, no_op, steps
-from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved, start_multiplier
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved, start_multiplier, told_number
 from fedelta.privacy.population import Population, Scheme, Work
 
 START = "privacy/start"  # in the broadcast: whether there is a round zero besides
@@ -41,6 +41,7 @@ class ExampleLevel:
 
     unit: ClassVar[Unit] = "example"
     central: ClassVar[bool] = False
+    whole: ClassVar[None] = None
     start_clip: ClassVar[float] = 1.0  # cuts nothing
     numbers: ClassVar[Sequence[str]] = (ROWS,)
 
@@ -70,7 +71,12 @@ class ExampleLevel:
         return {name: torch.tensor(value, dtype=torch.int64) for name, value in told.items()}
 
     def steps(self, work: Work, told: Tensors) -> tuple[float, float]:
-        return self.clip, _multipliers(self, work.rate, work.steps, int(told[ROUNDS]), bool(told[START]))[0]
+        return self.clip, _multipliers(
+            self, work.rate, work.steps, told_number(told, ROUNDS), bool(told_number(told, START))
+        )[0]
+
+    def starting(self, told: Tensors, honest: int) -> None:
+        return None
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
         return replace(update, sums={**update.sums, ROWS: float(work.rows)})  # the noise is in it
@@ -88,7 +94,7 @@ class ExampleLevel:
         return no_op()
 
     def start_noise(self, told: Tensors) -> float:
-        return start_multiplier(self, "replace_special", int(told[ROUNDS]), ())
+        return start_multiplier(self, "replace_special", told_number(told, ROUNDS), ())
 
 
 @lru_cache(maxsize=4096)

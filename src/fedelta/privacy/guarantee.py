@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fedelta.core.errors import BadInput
+import torch
+
+from fedelta.core.errors import BadInput, BadTensors
+from fedelta.core.messages import Tensors
 from fedelta.core.release import Accountant, Budget, Relation, Release, Unit
 from fedelta.privacy.accounting import epsilon, noise_multiplier
 from fedelta.privacy.events import Event, gaussian
@@ -42,6 +45,14 @@ class Guarantee(Protocol):
         ...
 
 
+def told_number(told: Tensors, name: str) -> int:
+    """A whole number of the broadcast. Raises BadTensors if it is none."""
+    found = told.get(name)
+    if found is None or found.dtype != torch.int64 or found.ndim:
+        raise BadTensors(f"the request has to say {name!r}, as one whole number")
+    return int(found)
+
+
 def check(guarantee: Guarantee) -> None:
     """Raises BadInput for settings that are out of range."""
     name = type(guarantee).__name__
@@ -75,6 +86,8 @@ class PrivacyState:
     start: bool = False  # whether there is a round zero
     start_noise: float = 0.0  # its multiplier
     norm: float = 0.0  # the present L2 bound
+    cohort: int = 0  # sites that a round asks, where the noise is made for so many
+    turn: int = 0  # rounds that have come about: which of the public rotations is next, where there are such
     recorded: int = 0  # releases in the ledger when this state was made
     prefix: str = ""  # a digest of them
     correlated: NoiseState | None = None  # of earlier rounds, where noise is correlated with theirs

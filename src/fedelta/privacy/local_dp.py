@@ -20,7 +20,7 @@ from fedelta.core.noise import Noise
 from fedelta.core.release import Accountant, Relation, Release, Unit
 from fedelta.privacy.clipping import check_norm, clipped
 from fedelta.privacy.events import Event, gaussian, no_op
-from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved
+from fedelta.privacy.guarantee import ROUNDS, PrivacyState, check, solved, told_number
 from fedelta.privacy.population import Population, Scheme, Work
 
 
@@ -30,6 +30,7 @@ class LocalDP:
 
     unit: ClassVar[Unit] = "site"
     central: ClassVar[bool] = False
+    whole: ClassVar[None] = None
     numbers: ClassVar[Sequence[str]] = ()
     start_share: ClassVar[float] = 0.5  # of nothing: there is no closed-form start under it
     start_clip: ClassVar[float] = 1.0
@@ -61,12 +62,15 @@ class LocalDP:
         return None
 
     def start_noise(self, told: Tensors) -> float:
-        return self._multiplier(int(told[ROUNDS]))
+        return self._multiplier(told_number(told, ROUNDS))
+
+    def starting(self, told: Tensors, honest: int) -> None:
+        return None
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
         values, within = clipped(update.values.vector, self.clip)
         values = values.clone() if within else values
-        noise.add_normal(values, 2 * self._multiplier(int(told[ROUNDS])) * self.clip)
+        noise.add_normal(values, 2 * self._multiplier(told_number(told, ROUNDS)) * self.clip)
         return replace(update, values=update.values.like(values), weight=1.0, sums={})
 
     def on_total(
@@ -75,7 +79,7 @@ class LocalDP:
         return total, state
 
     def event_at_site(self, work: Work, told: Tensors) -> Event:
-        return gaussian(self._multiplier(int(told[ROUNDS])))
+        return gaussian(self._multiplier(told_number(told, ROUNDS)))
 
     def event(self, state: PrivacyState, population: Population, round: int, again: bool) -> Event:
         """Nothing beyond what the sites let out."""

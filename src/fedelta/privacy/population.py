@@ -13,13 +13,15 @@ class Population:
     """The registered sites, and how those of a round are chosen among them.
 
     `scheme` is "all" (every site, every round), "poisson" (each by itself with probability `share`), "fixed" (a share
-    of exactly that size, anew in each round) or "cyclic" (1 / `share` groups in turn).
+    of exactly that size, anew in each round) or "cyclic" (1 / `share` groups in turn). `honest` are the fewest sites
+    whose noise is in what a coordinator gets to see of a round.
     """
 
     sites: int
     rounds: int
     scheme: Scheme
     share: float = 1.0  # in (0, 1]: of the sites that a round is expected to ask
+    honest: int = 1
 
     def __post_init__(self) -> None:
         if self.sites < 1 or self.rounds < 0 or not 0 < self.share <= 1:
@@ -48,3 +50,4 @@ class Work:
     rows: int
     rate: float  # with which a row is in a step's batch, in (0, 1]
     steps: int
+    honest: int = 1  # sites, as `Population.honest`

@@ -49,6 +49,7 @@ class SiteLevel:
 
     unit: ClassVar[Unit] = "site"
     central: ClassVar[bool] = True
+    whole: ClassVar[None] = None
 
     clip: float | AdaptiveClip
     delta: float = 1e-5
@@ -106,6 +107,9 @@ class SiteLevel:
         """What sites are told."""
         told = {NORM: state.norm, NOISE: state.noise, START: state.start_noise}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
+
+    def starting(self, told: Tensors, honest: int) -> None:
+        return None
 
     def on_site(self, update: Update, work: Work, told: Tensors, noise: Noise) -> Update:
         """The clipped update, with weight 1 and without the site's other numbers."""

@@ -33,7 +33,7 @@ from fedelta.core.exchange import exchange
 from fedelta.core.grid import Terms
 from fedelta.core.messages import MOST, PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Fleet, Sight, Site
-from fedelta.secure.graph import Shape, shape
+from fedelta.secure.graph import COMPLETE, Shape, count, quorum, shape
 from fedelta.secure.protocol_coordinator import STEPS, Asked, CoordinatorSum
 from fedelta.secure.protocol_site import SiteSum
 from fedelta.secure.ring import Form, Ring
@@ -56,6 +56,7 @@ class SecureAggregation:
     """
 
     shows: ClassVar[Sight] = Sight.SUM
+    whole: ClassVar[bool] = True
     least: int = 3  # of two, each knows the other's update once it knows the sum
     bits: Literal[32, 64] = 64
     bound: float = 4.0  # on every |value| of a difference
@@ -81,6 +82,18 @@ class SecureAggregation:
         """What weight × value of a float32 vector is a multiple of; `terms` are those of the rule."""
         return self._ring.resolution(terms, cohort)
 
+    @property
+    def registered(self) -> int | None:
+        return None if self.identities is None else len(self.identities)
+
+    def honest(self, cohort: int) -> int:
+        """Those of a quorum, or, with identities and neighbours that are drawn, of the smallest group (graph.py)."""
+        known = max(1, colluding := count("colluding", self.colluding, cohort))
+        complete = cohort <= COMPLETE or self._shape(cohort, cohort).neighbours == cohort - 1
+        if self.identities is None or complete:
+            return min(cohort, max(quorum(cohort), self.least)) - known
+        return cohort // 3 + 1 - (known - colluding)
+
     def gather(self, fleet: Fleet, requests: Requests, together: int, terms: Terms) -> Iterator[Reply | Replies]:
         """One Replies with the mean of those that it names; the others are among its errors.
 
@@ -96,6 +109,8 @@ class SecureAggregation:
     def handle(self, request: Request, site: Site, outgoing: Callable[[], Tensors], terms: Terms) -> Reply:
         session = _session(site, request, request.op)
         _check_body(request)
+        if terms.asked not in (None, session.cohort):
+            raise BadInput(f"its noise is for a sum over {terms.asked} sites, and {session.cohort} were asked")
         if session.asked:
             raise BadInput(f"{site.id} has been asked for its update of this round, and works on it once")
         session.asked = True

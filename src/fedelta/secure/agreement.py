@@ -10,6 +10,7 @@ versions of one.
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -91,6 +92,7 @@ def survivors_text(digest: bytes, survivors: Collection[int], sites: int) -> byt
     return _bound("survivors", digest, flags(survivors, sites))
 
 
+@lru_cache(maxsize=2**13)  # all sites of a simulation look at the same signatures, which is most of its work
 def signed(identity: bytes, signature: bytes, text: bytes) -> bool:
     try:
         Ed25519PublicKey.from_public_bytes(identity).verify(signature, text)

@@ -59,7 +59,7 @@ def shape(sites: int, colluding: float, dropouts: float, *, listed: int | None =
     listed = sites if listed is None else listed
     if not 2 <= listed <= sites:
         raise BadInput(f"a secure sum takes 2 sites at least, and no more than were asked, got {listed} of {sites}")
-    corrupt, lost = _count("colluding", colluding, sites), _count("dropouts", dropouts, sites)
+    corrupt, lost = count("colluding", colluding, sites), count("dropouts", dropouts, sites)
     if corrupt >= 2 * quorum(sites) - sites:  # then two sets could both be signed by a quorum
         most = 2 * quorum(sites) - sites - 1
         raise BadInput(f"a sum of {sites} sites bears {most} that collude at most, got {corrupt}; lower colluding")
@@ -155,7 +155,7 @@ class _Tails:
         return np.where(possible, ways - every, -np.inf)
 
 
-def _count(name: str, share: float, sites: int) -> int:
+def count(name: str, share: float, sites: int) -> int:
     """`share` of `sites`, rounded down; the share is taken as its decimals say, not as the float below or above."""
     if not 0 <= share <= 1:
         raise BadInput(f"{name} must be from 0 to 1, got {share}")

@@ -1,4 +1,4 @@
-"""Masks: the keystream of AES-256 in counter mode, added to vectors of integers modulo 2^32 or 2^64.
+"""Masks: the keystream of AES-256 in counter mode, added to vectors of integers modulo 2^16, 2^32 or 2^64.
 
 The PRG of secure aggregation (Bonawitz et al., CCS 2017, section 4): the whole 32-byte key enters, and the nonce is
 zero, so that a key must be used for one sum only. Each word of the keystream is one element of the ring, low byte first
@@ -18,13 +18,15 @@ from fedelta.core.errors import BadInput, BadTensors
 KEY_BYTES = 32
 _CHUNK = 2**16  # bytes of keystream at a time: these, as many zeros and the part of the vector stay in the L2 cache
 _ZEROS = memoryview(bytes(_CHUNK))  # what is encrypted; AES in counter mode adds its keystream to it by XOR
-_WORDS: dict[np.dtype[Any], np.dtype[Any]] = {np.dtype(np.int32): np.dtype("<i4"), np.dtype(np.int64): np.dtype("<i8")}
+_WORDS: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(wide): np.dtype(wide).newbyteorder("<") for wide in (np.int16, np.int32, np.int64)
+}
 
 
 def add_mask(vectors: Sequence[NDArray[Any]], key: bytes, sign: int) -> None:
     """Add the mask of `key` (32 bytes) to `vectors` in place, or take it off: `sign` is +1 or -1.
 
-    One keystream runs over all vectors in order, 4 bytes for an int32 and 8 for an int64; sums wrap. Vectors are
+    One keystream runs over all vectors in order, as many bytes as they have; sums wrap. Vectors are
     contiguous in C order, of any shape, and do not overlap; BadTensors otherwise, BadInput for another key length or
     sign. Nothing has been changed when an error is raised.
     """
@@ -49,7 +51,7 @@ def add_mask(vectors: Sequence[NDArray[Any]], key: bytes, sign: int) -> None:
 
 def _check(vector: NDArray[Any]) -> None:
     if vector.dtype not in _WORDS:
-        raise BadTensors(f"a masked vector is int32 or int64, got {vector.dtype}")
+        raise BadTensors(f"a masked vector is int16, int32 or int64, got {vector.dtype}")
     if not (vector.flags.c_contiguous and vector.flags.writeable):
         raise BadTensors(
             f"a masked vector is contiguous and can be written, got one of shape {vector.shape} that is not"

@@ -16,7 +16,7 @@ With n sites on the list, of whom each shares with k, and `in` incoming neighbou
 Everything here is public. Whoever reads a message checks names, dtypes and sizes before anything is made of them, and
 refuses tensors that do not belong to it; BadTensors says in one sentence what was wrong. Octets are uint8; indices
 (neighbours, from, signers) int64 in ascending order; a set of sites (alive, survivors) one uint8 of 0 or 1 for each
-site of the list; names a JSON array of texts in UTF-8; vectors int32 or int64.
+site of the list; names a JSON array of texts in UTF-8; vectors int16, int32 or int64.
 """
 
 import json
@@ -148,10 +148,10 @@ def form_of(vectors: Arrays) -> dict[str, tuple["np.dtype[Any]", int]]:
     if SIGNATURE in vectors:
         raise BadTensors(f"{SIGNATURE!r} is no name for a vector of a secure sum; it is that of what goes with it")
     for name, vector in vectors.items():
-        if vector.dtype not in (np.int32, np.int64) or vector.ndim != 1:
+        if vector.dtype not in (np.int16, np.int32, np.int64) or vector.ndim != 1:
             raise BadTensors(
-                f"vectors of a secure sum are int32 or int64 with one dimension, {short(name)} has {vector.dtype} "
-                f"and the shape {vector.shape}"
+                "vectors of a secure sum are int16, int32 or int64 with one dimension, "
+                f"{short(name)} has {vector.dtype} and the shape {vector.shape}"
             )
     return {name: (vector.dtype, len(vector)) for name, vector in vectors.items()}
 
@@ -159,9 +159,9 @@ def form_of(vectors: Arrays) -> dict[str, tuple["np.dtype[Any]", int]]:
 def arrays_of(tensors: Tensors) -> dict[str, NDArray[Any]]:
     """Integer vectors without a copy. Raises BadTensors for anything else."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != 1:
+        if tensor.dtype not in (torch.int16, torch.int32, torch.int64) or tensor.ndim != 1:
             raise BadTensors(
-                f"masked vectors are int32 or int64 with one dimension, {short(name)} has {tensor.dtype} "
+                f"masked vectors are int16, int32 or int64 with one dimension, {short(name)} has {tensor.dtype} "
                 f"and the shape {tuple(tensor.shape)}"
             )
     return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}

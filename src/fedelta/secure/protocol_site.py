@@ -197,7 +197,7 @@ class SiteSum:
         }
 
     def masked(self, told: Tensors, vectors: Arrays, asked: bytes = b"") -> dict[str, Tensor]:
-        """Step 3: `vectors` (int32 or int64, one dimension; not changed) under masks, by the same names.
+        """Step 3: `vectors` (int16, int32 or int64, one dimension; not changed) under masks, by the same names.
 
         `asked` is a digest of what the vectors are the answer to, the same for all sites.
 

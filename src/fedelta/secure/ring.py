@@ -1,13 +1,14 @@
-"""Updates as integers modulo 2^32 or 2^64, in which masks cancel, and their sums as a mean.
+"""Updates as integers modulo a power of two, in which masks cancel, and their sums as a mean.
 
 Weight × value is rounded to the grid of core/grid.py, on which no sum over the cohort can wrap around: that is checked
 where the integers are made. A float32 vector is one integer an element; one in float64 is two, one for the grid and one
-for what is between its points; a number (the weight, a loss) is three, exact to 2^-61 (numbers.py).
+for what is between its points; a number (the weight, a loss) is three, exact to 2^-61 (numbers.py). Vectors of whole
+numbers (`Terms.whole`) are taken modulo 2^16 or 2^32 as they are, and their sums are centred at zero.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedelta.core.messages import Tensors
 from fedelta.secure import numbers
 
 _MAX_FORM = 2**20  # bytes
+_WHOLE: Mapping[int, type[np.signedinteger[Any]]] = {16: np.int16, 32: np.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,16 @@ class Ring:
 
     def integers(self, tensors: Tensors, form: Form, terms: Terms, cohort: int) -> dict[str, NDArray[Any]]:
         """An encoded update of this form as vectors of integers. Raises BadInput for what is out of bounds."""
+        limbs = np.concatenate([_encoded(name, float(tensors[name])) for name in form.numbers])
+        if terms.whole is not None:
+            if float(tensors["weight"]) != 1:
+                raise BadInput("its weight is not 1, and where whole numbers are added all sites count alike")
+            values = _whole([tensors[name] for name in (*form.float32, *form.float64)], terms.whole)
+            return {"values": values, "halves": np.zeros(0, dtype=np.int64), "numbers": limbs}
+        return {**self._grid(tensors, form, terms, cohort), "numbers": limbs}
+
+    def _grid(self, tensors: Tensors, form: Form, terms: Terms, cohort: int) -> dict[str, NDArray[Any]]:
+        """The vectors on the grids of their dtypes."""
         weight, wide, narrow = float(tensors["weight"]), terms, self.own or terms
         limit = min(wide.weight_bound, narrow.weight_bound)
         if not 0 <= weight <= limit:
@@ -98,13 +110,11 @@ class Ring:
         pair = np.zeros((2, sum(form.float64.values())), dtype=np.int64)
         for row, place in zip(pair, (0, 1), strict=True):
             _fill(row, {name: both[place] for name, both in parts.items()}, scale, wide.bound)
-        limbs = [_encoded(name, float(tensors[name])) for name in form.numbers]
-        return {"values": values, "halves": pair.reshape(-1), "numbers": np.concatenate(limbs)}
+        return {"values": values, "halves": pair.reshape(-1)}
 
     def mean(self, sums: Mapping[str, NDArray[Any]], form: Form, terms: Terms, cohort: int) -> dict[str, Tensor]:
         """The encoded mean of the updates of which these are the sums. Raises BadTensors if it is none."""
-        sizes = {"values": sum(form.float32.values()), "halves": 2 * sum(form.float64.values())}
-        sizes["numbers"] = numbers.LIMBS * len(form.numbers)
+        sizes = lengths(form, terms)
         if {name: len(vector) for name, vector in sums.items()} != sizes:
             raise BadTensors("its parts are not as long as it was said")
         limbs = sums["numbers"].reshape(-1, numbers.LIMBS)
@@ -113,6 +123,10 @@ class Ring:
         if not weight > 0:
             raise BadTensors(f"the weights of its sites add up to {weight}")
         body = {name: torch.tensor(float(number), dtype=torch.float64) for name, number in found.items()}
+        if terms.whole is not None:
+            narrow, wide = np.split(sums["values"], [sum(form.float32.values())])
+            body |= _means(narrow, form.float32, 0, weight, torch.float32)
+            return body | _means(wide, form.float64, 0, weight, torch.float64)
         exponent = (self.own or terms).exponent(cohort, self.bits)
         body |= _means(sums["values"], form.float32, exponent, weight, torch.float32)
         exponent = terms.exponent(cohort)
@@ -120,6 +134,25 @@ class Ring:
             _means(row, form.float64, exponent, weight, torch.float64) for row in sums["halves"].reshape(2, -1)
         )
         return body | {name: joined(coarse[name], fine[name], 2.0**-exponent, terms.bound) for name in form.float64}
+
+
+def lengths(form: Form, terms: Terms) -> dict[str, int]:
+    """Of the vectors of integers that an update of this form becomes."""
+    narrow, wide = sum(form.float32.values()), sum(form.float64.values())
+    whole = terms.whole is not None
+    return {
+        "values": narrow + wide if whole else narrow,
+        "halves": 0 if whole else 2 * wide,
+        "numbers": numbers.LIMBS * len(form.numbers),
+    }
+
+
+def _whole(vectors: Sequence[Tensor], bits: int) -> NDArray[Any]:
+    """Whole numbers below 2^53, modulo 2^bits. Raises BadInput for others."""
+    joined = torch.cat([vector.detach().cpu().double() for vector in vectors]) if vectors else torch.zeros(0).double()
+    if not bool((joined.abs() < 2.0**53).all() & (joined == joined.round()).all()):
+        raise BadInput("it is not of whole numbers, as it has to be here")
+    return joined.numpy().astype(np.int64).astype(_WHOLE[bits])  # wraps
 
 
 def _encoded(name: str, number: float) -> NDArray[np.int64]:
