@@ -11,10 +11,9 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
-import torch
 from torch import nn
 
 from fedelta.aggregation.factors import Meter, half, pairs
@@ -22,18 +21,19 @@ from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms import evaluation, round_zero, soundness
 from fedelta.algorithms.algorithm import Algorithm
+from fedelta.algorithms.arriving import arriving
 from fedelta.algorithms.at_site import AtSite
 from fedelta.algorithms.mechanism import Entropy, Privacy, scheme
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.private import Guard
 from fedelta.algorithms.sampling import All, Poisson, Sampling
 from fedelta.algorithms.stopping import Best, Stop
-from fedelta.algorithms.tally import Tally, bodies, parted
+from fedelta.algorithms.tally import Tally
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput, BadTensors, RoundLost, TooFewSites
+from fedelta.core.errors import BadInput, RoundLost, TooFewSites
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms
-from fedelta.core.messages import MOST, PartyId, Replies, Reply, Request, Requests, Tensors, Update
+from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Fleet, Report, Sight, Site
 from fedelta.core.release import Ledger
@@ -397,48 +397,9 @@ class Federation(Generic[S]):
     def _arriving(
         self, fleet: Fleet, requests: Requests, state: S, rule: Rule, tally: Tally
     ) -> Iterator[tuple[Sequence[PartyId], Update]]:
-        """The updates of a cohort as they come, decoded and accepted by the rule; `tally` takes note of the rest."""
-        for reply in self._gathered(fleet, requests, tally, self._plan.cohort or 1):
-            for senders, body in bodies(reply, tally.absent):
-                public, tensors = parted(body)
-                try:
-                    update = self.encoding.decode(tensors, self.algorithm.layout(state, senders[0]))
-                    self._check(update, len(senders))
-                except BadTensors as error:
-                    tally.absent |= dict.fromkeys(senders, f"its update is malformed: {error}")
-                    continue
-                rows = public[ROWS].tolist() if ROWS in public else [update.sums.get(ROWS, 1)] * len(senders)
-                tally.arrived |= {sender: int(own) for sender, own in zip(senders, rows, strict=True)}
-                for stage in reversed(self.stages):
-                    update = stage.on_arrival(update)
-                refusal = rule.refuse(update)
-                if refusal is not None:
-                    tally.absent |= dict.fromkeys(senders, refusal)
-                    continue
-                tally.accept(senders, update.count)
-                yield senders, update
-        if tally.accepted < self.min_sites and self.collect.shows is Sight.SUM:
-            raise RoundLost(f"the sum of the sites cannot be used ({tally.reasons(tally.absent)})")
-        if tally.accepted < self.min_sites and not self._noised_total:
-            raise TooFewSites(tally.shortage(requests.round, self.min_sites))
-
-    def _check(self, update: Update, senders: int) -> None:
-        """Raise BadTensors for an update that could not be added to the others."""
-        whole = self.privacy is not None and self.privacy.whole is not None
-        dtype = torch.float64 if whole else torch.float32
-        if update.values.vector.dtype != dtype:
-            raise BadTensors(f"its values are {update.values.vector.dtype}, not {dtype}")
-        if update.kind != self.algorithm.kind:
-            raise BadTensors(f"it is a {update.kind}, not a {self.algorithm.kind}")
-        if update.count != senders:
-            raise BadTensors(f"it claims to be of {update.count} sites")
-        needed = self.algorithm.task.objective.sums if self.privacy is None else self.privacy.numbers
-        missing = set(needed) - update.sums.keys()
-        if missing:
-            raise BadTensors(f"it lacks the sums {', '.join(sorted(missing))}")
-        rows = 1.0 if self.privacy is None or self.privacy.central else update.sums.get(ROWS, 1.0)
-        if not (1 <= rows <= senders * MOST and rows == int(rows)):  # also catches NaN
-            raise BadTensors(f"it says that it is of {rows:g} rows")
+        """The updates of a cohort as they come, accepted by the rule."""
+        replies = self._gathered(fleet, requests, tally, self._plan.cohort or 1)
+        return arriving(self, replies, partial(self.algorithm.layout, state), rule, tally, requests.round)
 
     def _validate(self, state: FederationState[S], fleet: Fleet, tally: Tally) -> dict[str, float]:
         """Metrics over all sites' held-back examples, and per site where the collect shows them."""
