@@ -67,7 +67,7 @@ def main() -> None:
 def cost(collect: HomomorphicEncryption, party: KeyParty, sites: int, numbers: int, seed: int) -> Cost:
     draw = torch.Generator().manual_seed(seed)
     weights = [1.0, *[WEIGHT] * (sites - 1)]
-    total, mean = Total(collect.precision.scale), torch.zeros(numbers, dtype=torch.float64)
+    total, mean = Total(), torch.zeros(numbers, dtype=torch.float64)
     encrypt, add, sizes = [], [], []
     update: Tensors = {}
     for place, weight in enumerate(weights):

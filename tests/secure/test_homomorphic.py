@@ -1,5 +1,6 @@
 """A federation whose updates are added up encrypted, against the same federation in the clear."""
 
+import copy
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -233,10 +234,12 @@ def test_too_few_from_the_start_end_the_run() -> None:
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        ({CIPHERTEXTS: torch.zeros(1, ckks.WIDTH, dtype=torch.uint8)}, "a ciphertext is malformed"),
+        ({CIPHERTEXTS: torch.full((1, ckks.WIDTH), 255, dtype=torch.uint8)}, "a ciphertext is malformed"),
+        ({CIPHERTEXTS: torch.zeros(1, ckks.WIDTH, dtype=torch.uint8)}, "a ciphertext is transparent"),
         ({CIPHERTEXTS: torch.zeros(2, ckks.WIDTH, dtype=torch.uint8)}, "its ciphertexts are torch.uint8 of shape"),
         ({CIPHERTEXTS: torch.zeros(0)}, "its ciphertexts are torch.float32 of shape"),
         ({FORM: torch.zeros(3, dtype=torch.uint8)}, "what it says that it consists of cannot be read"),
+        ({FORM: torch.tensor(list(b'[{}, {}, ["weight", 3]]'), dtype=torch.uint8)}, "consists of cannot be read"),
         ({"more": torch.zeros(3)}, "does not consist of ciphertexts and what they are of"),
     ],
 )
@@ -268,8 +271,30 @@ def test_a_sum_with_a_ciphertext_of_another_key_is_not_used() -> None:
         return wrong(reply) if reply.round == 1 else reply
 
     _, reports = ended(program, Altering(Local(program, rows, NAMES), change))
-    assert "beyond what such sites can add up to" in reports[0].absent["site-0"]
+    assert "does not decrypt to whole numbers" in reports[0].absent["site-0"]
     assert not reports[1].absent
+
+
+def test_a_sum_that_is_beyond_its_sites_is_not_used() -> None:
+    """Of a key party that does not look itself."""
+    party = KeyParty(most=8, once=False)
+
+    class Careless:
+        def opened(self, statement: Any, ciphertexts: Tensor) -> Tensor:
+            found = party.opened(statement, ciphertexts)
+            found[0, 0] = statement.sites * 2**COLLECT.precision.bits + 1
+            return found
+
+    program = federation(collect=replace(COLLECT, public=party.public, opener=Careless()))
+    _, (report,) = ended(program)
+    assert "beyond what such sites can add up to" in report.absent["site-0"]
+
+
+def test_a_copy_keeps_the_key_party() -> None:
+    for again in (copy.copy(COLLECT), copy.deepcopy(COLLECT), copy.deepcopy({"collect": COLLECT})["collect"]):
+        assert again._opener is COLLECT._simulated
+        assert again.fingerprint == COLLECT.fingerprint
+    assert replace(COLLECT).fingerprint != COLLECT.fingerprint
 
 
 def test_an_update_leaves_once_for_a_round_however_often_it_is_asked_for() -> None:

@@ -205,7 +205,7 @@ def _overheard(federation: "Federation[Any]") -> str:
     """What travels, without noise of the sites' own."""
     summed, central = federation.collect.shows is Sight.SUM, federation.privacy is not None
     if isinstance(federation.collect, HomomorphicEncryption):
-        line = "sees, on the lines of the sites, the models, who takes part, and ciphertexts"
+        line = "sees, on the lines of sites that keep to the protocol, the models, who takes part, and ciphertexts"
         return f"{line}; between coordinator and key party the sum of the updates, unless that line is encrypted"
     if not summed:
         if central:

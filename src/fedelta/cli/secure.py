@@ -38,7 +38,7 @@ _OPTIONS = (
         "--homomorphic",
         is_flag=True,
         help="Homomorphic encryption: sites encrypt what they send, and a key party opens the sum that the coordinator "
-        "makes of it. For LoRA-sized updates; 7 times the bytes.",
+        "makes of it. For LoRA-sized updates; 6 times the bytes.",
     ),
 )
 

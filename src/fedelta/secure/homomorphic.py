@@ -8,10 +8,14 @@ An element of the mean of n float32 vectors, W the sum of their weights and r = 
 n r / (2 W), and by one rounding to float32; noise and encryption add nothing to that (ckks.py), so that a run has the
 same result each time. float64 vectors keep 80 bits of the rule's bounds, sums of numbers are exact to 2^-61 a site.
 
-Limits: it protects from a coordinator that keeps to the protocol, and from whoever comes to see what reaches it. One
-that does not can have the ciphertext of a single site opened; secure aggregation with identities withstands that.
-Whoever lies in what it encrypts can move the mean, as anywhere; and a site together with the coordinator can make
-ciphertexts whose sum tells the secret key.
+Limits: it protects from a coordinator that keeps to the protocol, and from whoever comes to see what reaches it, as
+long as all sites keep to it, too. A coordinator that does not can have the ciphertext of a single site opened; secure
+aggregation with identities withstands that. One site that adds something to its ciphertext that is no update can read
+the secret key off the models that follow: at once, if the key party did not refuse sums that are not near whole
+numbers, and over many rounds in spite of that (key_party.py). With the key it can read each update of which it gets
+the ciphertext: from a line that is not encrypted, or from the coordinator. A well-formed ciphertext that is none of
+this key loses its round for all: nobody can tell whose it was. Whoever lies in what it encrypts can move the mean, as
+anywhere.
 """
 
 import hashlib
@@ -51,7 +55,8 @@ class HomomorphicEncryption:
     `public` is the public key of the key party (or the file of it, see new_keys), part of the experiment that each site
     has read: one that came from the coordinator could be the coordinator's own. `opener` is the key party as the
     coordinator reaches it; sites need none. With neither, this is a simulation: the coordinator's process has a key
-    party of its own. `most` sites at most are added up, and `least` at least; the fewer `most`, the finer. `bound` and
+    party of its own, and new keys with each object: dataclasses.replace makes other ones, copy and deepcopy give the
+    object itself. `most` sites at most are added up, and `least` at least; the fewer `most`, the finer. `bound` and
     `weight_bound` are the bounds for float32 vectors, where the rule has no tighter ones.
     """
 
@@ -181,6 +186,12 @@ class HomomorphicEncryption:
             )
         return key
 
+    def __copy__(self) -> "HomomorphicEncryption":
+        return self  # it does not change, and of a key party there are no copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HomomorphicEncryption":
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the key party: what travels to other processes has the public key alone."""
         state = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -244,7 +255,7 @@ class _Round:
             raise BadTensors(
                 f"its ciphertexts are {rows.dtype} of shape {list(rows.shape)}, not uint8 of {[expected, ckks.WIDTH]}"
             )
-        total = self.totals.get(form.text) or Total(self.collect.precision.scale)
+        total = self.totals.get(form.text) or Total()
         total.add(rows.detach().cpu().numpy())
         self.forms[form.text], self.totals[form.text] = form, total
         self.senders.setdefault(form.text, []).append(reply.sender)

@@ -5,13 +5,20 @@ it. So one party apart makes the key. Sites encrypt with its public key; the coo
 the sum to this party, which adds noise, decrypts, rounds (ckks.py), and gives the coordinator the sum.
 
 Limits: it is trusted to keep to that, and not to work together with the coordinator: the two of them can open the
-update of each site. It cannot tell a sum over many sites from the ciphertext of one, or from one made up: that what it
-is told of a sum is true is the coordinator's word. What it refuses (sums of few sites, a second sum of a round, more
-ciphertexts than its noise is meant for) is against mistakes, and against a coordinator that is honest but curious.
+update of each site. It cannot tell a sum over many sites from the ciphertext of one: that what it is told of a sum is
+true is the coordinator's word. What it refuses (sums of few sites, a second sum of a round, more ciphertexts than its
+noise is meant for) is against mistakes, and against a coordinator that is honest but curious.
+
+It does not release what is not near whole numbers, or beyond what such sites add up to. Who adds a multiple of the
+secret key to the whole of a ciphertext, which takes one lying site, has it refused. Who does so in a few of its numbers
+a round passes often enough, and has the key after many rounds: there the protection ends.
 """
 
+import errno
+import fcntl
 import json
 import os
+import threading
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.noise import SystemNoise
 from fedelta.secure import ckks
 from fedelta.secure.ckks import OPENINGS, Precision, PublicKey, SecretKey
@@ -70,14 +77,16 @@ class KeyParty:
         self._public, self._once, self.least = public, once, least
         self._opened: set[tuple[str, int, str]] = set()
         self._count = 0  # of ciphertexts
-        self._file: Path | None = None
+        self._lock = threading.Lock()  # of what is remembered: a sum is checked and noted in one step
+        self._file: _Opened | None = None
         _PARTIES.add(self)
 
     @classmethod
     def read(cls, folder: Path | str, *, least: int = 3) -> "KeyParty":
         """The one whose keys `new_keys` wrote; what it has opened is remembered in that folder, too.
 
-        Raises BadInput if files are missing or unreadable, or if others than their owner may read the secret key.
+        Until it is closed, or gone, no other has this folder. Raises BadInput if another has it, if files are missing
+        or unreadable, or if others than their owner may read the secret key.
         """
         folder = Path(folder)
         secret = folder / SECRET
@@ -85,19 +94,24 @@ class KeyParty:
             if secret.stat().st_mode & 0o077:
                 raise BadInput(f"others than its owner may read {secret}; run: chmod 600 {secret}")
             public = PublicKey.read((folder / PUBLIC).read_bytes())
-            lines = (folder / OPENED).read_text().splitlines()
+            file = _Opened(folder / OPENED)
         except OSError as error:
             raise BadInput(f"the keys in {folder} cannot be read ({error.strerror}); make them with new_keys") from None
         party = cls.__new__(cls)
-        party._begin(SecretKey.load(secret), public, least, True)
-        party._file = folder / OPENED
-        for line in lines:
-            try:
-                known = json.loads(line)
-                party._note(Statement(**known["sum"]), int(known["ciphertexts"]))
-            except (ValueError, TypeError, KeyError):
-                raise BadInput(f"{party._file} has a line that cannot be read: {line[:80]!r}") from None
+        try:
+            party._begin(SecretKey.load(secret), public, least, True)
+            for statement, count in file.known():
+                party._note(statement, count)
+        except BadInput:
+            file.close()
+            raise
+        party._file = file
         return party
+
+    def close(self) -> None:
+        """Forget the secret key, and let go of the folder."""
+        with self._lock:
+            self._forget()
 
     @property
     def public(self) -> bytes:
@@ -106,30 +120,42 @@ class KeyParty:
 
     def opened(self, statement: Statement, ciphertexts: Tensor) -> Tensor:
         """As `Opener` says. What is opened is remembered, and where there is a folder written there, before."""
-        self._check(statement, len(ciphertexts))
-        scale = self._public.precision.scale
-        sums = ckks.read(ciphertexts.detach().cpu().numpy(), scale)  # all of them, before one is decrypted
-        self._note(statement, len(sums))
-        if self._file is not None:
-            _append(self._file, json.dumps({"sum": asdict(statement), "ciphertexts": len(sums)}))
-        found = [ckks.numbers_of(self._flooded(one)) for one in sums]
-        return torch.from_numpy(np.array(found, dtype=np.int64).reshape(-1, ckks.PER))
+        precision = self._public.precision
+        self._check(statement, len(ciphertexts))  # before the work of reading them
+        sums = ckks.read(ciphertexts.detach().cpu().numpy(), precision.scale)  # all of them, before one is decrypted
+        with self._lock:
+            self._check(statement, len(sums))
+            if self._file is not None:
+                self._file.append(statement, len(sums))
+            self._note(statement, len(sums))
+        found = [ckks.numbers_of(self._flooded(one), precision.slot_noise) for one in sums]
+        numbers = np.array(found, dtype=np.int64).reshape(-1, ckks.PER)
+        if np.any(np.abs(numbers) > statement.sites * 2**precision.bits):
+            raise BadTensors(f"a number in it is beyond what {statement.sites} sites can add up to")
+        return torch.from_numpy(numbers)
 
     def _flooded(self, ciphertext: Any) -> NDArray[np.complex128]:
         """What it decrypts to, with noise, before anything is rounded."""
-        if self._secret is None:
-            raise BadInput("the secret key is in the process in which the key party was made; open sums there")
+        secret = self._key()
         precision = self._public.precision
         noise = torch.zeros(ckks.PER, dtype=torch.float64)
         SystemNoise().add_normal(noise, precision.slot_noise)
         real, imaginary = noise.numpy().reshape(2, -1)
-        return self._secret.flooded(ciphertext, real + 1j * imaginary, precision.scale)
+        return secret.flooded(ciphertext, real + 1j * imaginary, precision.scale)
+
+    def _key(self) -> SecretKey:
+        if self._secret is None:
+            raise BadInput(
+                "the secret key is in the process in which the key party was made, until it is closed; open sums there"
+            )
+        return self._secret
 
     def _check(self, statement: Statement, count: int) -> None:
+        self._key()  # or what is refused would count as opened
         sites, most = statement.sites, self._public.precision.most
         if not self.least <= sites <= most:
             raise BadInput(f"the key party opens sums over {self.least} to {most} sites, and this is one over {sites}")
-        if self._once and _key(statement) in self._opened:
+        if self._once and _kind(statement) in self._opened:
             raise BadInput(
                 f"the key party has opened a sum of round {statement.round} ({statement.op}) before: two of them could "
                 "tell the update of a site"
@@ -141,7 +167,7 @@ class KeyParty:
             )
 
     def _note(self, statement: Statement, count: int) -> None:
-        self._opened.add(_key(statement))
+        self._opened.add(_kind(statement))
         self._count += count
 
     def __repr__(self) -> str:
@@ -152,6 +178,9 @@ class KeyParty:
 
     def _forget(self) -> None:
         self._secret = None
+        if self._file is not None:  # in a fork, too: or it would keep the folder after this process has ended
+            self._file.close()
+            self._file = None
 
 
 def new_keys(folder: Path | str, *, most: int = 128) -> Path:
@@ -168,6 +197,8 @@ def new_keys(folder: Path | str, *, most: int = 128) -> Path:
             os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         secret.save(folder / SECRET)  # into the file that is there, with its mode
         (folder / PUBLIC).write_bytes(public.written())
+        for each in (folder / SECRET, folder / PUBLIC, folder, folder.parent):
+            _sync(each)
     except FileExistsError:
         raise BadInput(f"{folder} is there already; choose another name, so that no key is lost") from None
     except OSError as error:
@@ -175,21 +206,77 @@ def new_keys(folder: Path | str, *, most: int = 128) -> Path:
     return folder / PUBLIC
 
 
-def _key(statement: Statement) -> tuple[str, int, str]:
+def _kind(statement: Statement) -> tuple[str, int, str]:
     """Without the attempt: sums of two attempts at one round differ by single sites."""
     return statement.job, statement.round, statement.op
 
 
-def _append(file: Path, line: str) -> None:
-    """Durably."""
-    with open(file, "a") as lines:
-        lines.write(line + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
+class _Opened:
+    """The file of what was opened, which one process has at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, and BadInput if another has it."""
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+        self._closed = weakref.finalize(self, os.close, self._descriptor)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise BadInput(
+                f"another key party has {path.parent} open; end it first, or both could open a sum of the same round"
+            ) from None
+
+    def known(self) -> list[tuple[Statement, int]]:
+        """What was opened, each with its number of ciphertexts. Raises BadInput for a line that is none.
+
+        A last line without an end was being written when the machine stopped. Nothing was opened for it yet, as that
+        waits until a line is on disk, and it is dropped.
+        """
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.ftruncate(self._descriptor, len(whole))
+            os.fsync(self._descriptor)
+        found = []
+        for line in whole.splitlines():
+            try:
+                known = json.loads(line)
+                found.append((Statement(**known["sum"]), int(known["ciphertexts"])))
+            except (ValueError, TypeError, KeyError):
+                raise BadInput(f"{self._path} has a line that cannot be read: {line[:80]!r}") from None
+        return found
+
+    def append(self, statement: Statement, count: int) -> None:
+        """Durably. Raises BadInput if that cannot be, and leaves the file as it was."""
+        line = json.dumps({"sum": asdict(statement), "ciphertexts": count}).encode() + b"\n"
+        before = os.fstat(self._descriptor).st_size
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, before)
+            raise BadInput(
+                f"{self._path} cannot be written ({error.strerror}), and without it no sum is opened"
+            ) from None
+
+    def close(self) -> None:
+        self._closed()
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _after_fork() -> None:
     for party in list(_PARTIES):
+        party._lock = threading.Lock()  # another thread may have held it
         party._forget()
 
 
