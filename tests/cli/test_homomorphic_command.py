@@ -84,7 +84,7 @@ def test_an_encrypted_run_ends_where_one_in_the_clear_does(fedelta: Fedelta, pat
 
 def test_the_plan_says_what_encryption_costs_and_when_it_is_too_much(fedelta: Fedelta, path: Path) -> None:
     small = " ".join(fedelta("plan", path, "--homomorphic").split())
-    assert "An update of 83 numbers is 1 ciphertext, 98.3 KB: " in small
+    assert "An update of 83 numbers is 1 ciphertext, 98.6 KB: " in small
     assert "times its bytes in the clear. Encryption takes " in small
     assert "a sum hides single updates the key party opens one of a round, over 3 to 5 sites" in small
     assert "neither encryption nor the coordinator's adding up are in them" in small

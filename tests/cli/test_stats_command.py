@@ -123,6 +123,42 @@ def test_with_noise_and_a_ledger(fedelta: Fedelta, clinics: list[str], tmp_path:
     assert "Nothing remembers what was spent" in fedelta(*asked, "--epsilon", 4)
 
 
+def test_what_shares_six_digits_or_a_name_is_told_apart(fedelta: Fedelta, tmp_path: Path) -> None:
+    sites = []
+    for name in "abc":
+        table = pandas.DataFrame({"day": range(20230101, 20230110), "kind": ["other"] * 4 + ["x"] * 5})
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        sites += ["--site", f"{name}={tmp_path / name}.csv"]
+    asked = ("--categories", "kind=other,k", "--quantiles", "0.1234567,0.1234568", "--plot", tmp_path / "a.svg")
+    printed = fedelta("stats", *sites, *asked)
+    assert "20230101: 3 (11.1%),  20230102: 3 (11.1%)" in printed
+    assert "other: 12 (44.4%),  k: 0 (0.0%),  (other): 15 (55.6%)" in printed
+    assert "12.34567%   12.34568%" in printed
+    assert re.search("20230101 █+ 20230109", printed)
+
+
+def test_lists_are_refused_in_a_sentence(fedelta: Fedelta, tmp_path: Path) -> None:
+    sites = []
+    for name in "abc":
+        pandas.DataFrame({"x": [[1], [2]]}).to_parquet(tmp_path / f"{name}.parquet")
+        sites += ["--site", f"{name}={tmp_path / name}.parquet"]
+    assert "column 'x' has lists in it" in fedelta("stats", *sites, "--range", "x=0:1", status=2)
+
+
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_categories_are_those_of_all_sites_in_any_order(fedelta: Fedelta, tmp_path: Path, order: str) -> None:
+    values = {"a": ["u", "v"], "b": ["t", "10"], "c": ["9", "u"]}
+    sites = []
+    for name in order:
+        table = pandas.DataFrame({"x": pandas.Categorical(values[name]), "y": [1, 2] if name == "a" else ["1", "?"]})
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        sites += ["--site", f"{name}={tmp_path / name}.parquet"]
+    fedelta("stats", *sites, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["columns"]
+    assert list(found["x"]["counts"].items()) == [("9", 1), ("10", 1), ("t", 1), ("u", 2), ("v", 1)]
+    assert (found["x"]["other"], found["y"]["missing"], found["y"]["within"]) == (0, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -148,6 +184,9 @@ def test_with_noise_and_a_ledger(fedelta: Fedelta, clinics: list[str], tmp_path:
         (("CLINICS", "--ledger", "l"), "--ledger has no effect without --epsilon"),
         (("CLINICS", "--epsilon", "1"), "'age' has none; give --range age=LOW:HIGH"),
         (("CLINICS", "--plot", "a.txt"), "png, svg or pdf"),
+        (("CLINICS", "--json", "nowhere/a.json"), "there is no folder nowhere for --json nowhere/a.json; make it"),
+        (("CLINICS", "--plot", "nowhere/a.png"), "there is no folder nowhere for --plot nowhere/a.png; make it"),
+        (("CLINICS", "--only", "age", "--range", "age=0:120", "--epsilon", "1e-6"), "raise epsilon, or look at fewer"),
         (("CLINICS", "--bin", "3"), "--bins"),
         (("ONE",), "there is 1 site"),
         (("TWO",), "with --clear"),

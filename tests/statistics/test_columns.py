@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedelta.core.errors import BadInput
-from fedelta.statistics.columns import Category, Number, rows_of
+from fedelta.statistics.columns import Category, Column, Number, rows_of
 
 
 def test_numbers_are_read_as_python_reads_them() -> None:
@@ -81,3 +81,9 @@ def test_a_range_that_is_none_is_refused(arguments: dict[str, float]) -> None:
 def test_values_that_cannot_be_told_apart_are_refused(values: tuple[str, ...]) -> None:
     with pytest.raises(BadInput, match="distinct"):
         Category(name="x", values=values)
+
+
+@pytest.mark.parametrize("column", [Number(name="x"), Category(name="x", values=("1",))])
+def test_lists_are_refused(column: Column) -> None:
+    with pytest.raises(BadInput, match="'x' has lists in it"):
+        rows_of(pandas.DataFrame({"x": [[1], [2]]}), [column])

@@ -223,3 +223,14 @@ def test_noisy_counts_leave_a_site_once(round: int) -> None:
         errors.append(reply.error)
     assert errors[0] is None
     assert "twice would be twice the epsilon" in str(errors[1])
+
+
+@pytest.mark.parametrize(
+    ("delta", "said"), [(1e-5, "raise epsilon, or look at fewer columns"), (1e-9, "raise epsilon")]
+)
+def test_an_epsilon_for_which_there_is_no_room_is_refused_before_anything_is_spent(delta: float, said: str) -> None:
+    ledger = MemoryLedger()
+    tight = program(privacy=Budget(epsilon=1e-6, delta=delta), ledger=ledger)
+    with pytest.raises(BadInput, match=said):
+        over(tight, [many(5, seed) for seed in range(3)])
+    assert not ledger.releases()

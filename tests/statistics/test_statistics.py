@@ -68,7 +68,8 @@ def check(found: NumberSummary, pooled: "pandas.Series[float]", quantiles: Seque
     scale, largest = max(found.high - found.low, 1e-300), np.abs(values).max()
     assert found.low <= values[0] <= values[-1] <= found.high
     exact = [Fraction(value) for value in values]
-    assert found.mean == pytest.approx(float(mean(exact)), rel=1e-15, abs=1e-16 * largest + 2.0**-80 * scale)
+    assert found.mean is not None
+    assert abs(Fraction(found.mean) - mean(exact)) <= 1e-15 * largest + 2.0**-80 * scale
     if len(values) == 1:
         assert found.variance is None
     else:
@@ -184,6 +185,42 @@ def test_a_rank_is_that_of_the_quantile_as_it_is_written() -> None:
     columns, rows = one_column(range(1, 41), range(41, 81), range(81, 101))
     found = number(over(Statistics(columns=columns, quantiles=(0.07, 0.29, 0.57)), rows))  # 0.07 * 100 > 7 in float64
     assert [own.high for own in found.quantiles.values()] == [7, 29, 57]
+
+
+def test_the_error_of_a_mean_is_a_share_of_the_largest_value_where_values_cancel() -> None:
+    values = [[1e6], [-1e6], [3e-7], [1e5 / 3, -1e5 / 3]]
+    columns, rows = one_column(*values)
+    found = number(over(Statistics(columns=columns, collect=Clear()), rows))
+    check(found, pandas.Series([value for site in values for value in site]), tuple(found.quantiles))
+
+
+def test_values_next_to_the_largest_float_are_counted() -> None:
+    columns, rows = one_column([1e305, 1.5], [-1.7e308, 2.0], [3.0])
+    found = number(over(Statistics(columns=columns), rows))
+    assert (found.within, found.below, found.above, found.mean) == (3, 1, 1, pytest.approx(6.5 / 3))
+
+
+@pytest.mark.parametrize("values", [range(20230101, 20230110), [1000 + part / 10000 for part in range(20)]])
+def test_values_that_share_six_digits_stay_apart(values: Sequence[float]) -> None:
+    columns, rows = one_column(values, values, values)
+    summary = over(Statistics(columns=columns, quantiles=(0.1234567, 0.1234568)), rows)
+    told = number(summary).values
+    assert told is not None
+    assert {float(value): count for value, count in told.items() if count} == dict.fromkeys(map(float, values), 3)
+    plain: Any = summary.to_plain()["columns"]
+    assert list(plain["x"]["quantiles"]) == ["0.1234567", "0.1234568"]
+    assert plain["x"]["values"] == told
+
+
+def test_what_is_called_other_is_told_from_all_others() -> None:
+    columns = [Category(name="x", values=("other", "(other)"))]
+    rows = {name: rows_of(pandas.DataFrame({"x": ["other", "k", "z"]}), columns) for name in SITES}
+    found = over(Statistics(columns=columns), rows)
+    told = found["x"]
+    assert isinstance(told, CategorySummary)
+    assert told.shown == {"other": 4, "(other)": 0, "((other))": 8}
+    plain: Any = found.to_plain()["columns"]
+    assert plain["x"] == {"missing": 0, "counts": {"other": 4, "(other)": 0}, "other": 8}
 
 
 def test_variance_does_not_cancel() -> None:
@@ -354,6 +391,10 @@ def refused(changes: Mapping[str, torch.Tensor | None], collect: Any = Clear()) 
 def test_a_question_of_another_form_is_refused(changes: Mapping[str, torch.Tensor | None]) -> None:
     assert refused({}) == ""
     assert "request" in refused(changes)
+
+
+def test_a_question_whose_sums_are_beyond_all_rows_is_not_answered() -> None:
+    assert "beyond what the rows" in refused({"sums": torch.tensor([[0.0, 10.0, 1e17, 1.0]], dtype=torch.float64)})
 
 
 def test_why_a_site_fails_is_told_only_where_its_answer_would_be() -> None:

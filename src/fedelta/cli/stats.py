@@ -4,6 +4,7 @@ Here are the options and which of them go together; reading is in `stats_data`, 
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def command(as_json: Path | None, plot: Path | None, label: str | None, **option
     This is a simulation: all sites' files are read here.
     """
     wanted = Wanted(**{name: options.pop(name) for name in Wanted.__dataclass_fields__})
-    _check(wanted, plot, sites=options["sites"], data=options["data"], by=options["by"])
+    _check(wanted, as_json, plot, sites=options["sites"], data=options["data"], by=options["by"])
     from rich.console import Console
 
     from fedelta.cli.stats_data import Source
@@ -155,6 +156,7 @@ def command(as_json: Path | None, plot: Path | None, label: str | None, **option
 
 def _check(
     wanted: Wanted,
+    as_json: Path | None,
     plot: Path | None,
     *,
     sites: tuple[str, ...],
@@ -177,6 +179,17 @@ def _check(
     for wrong, sentence in refusals:
         if wrong:
             raise click.UsageError(sentence)
+    for option, path in (("--json", as_json), ("--plot", plot)):
+        if path is not None:
+            _check_writable(option, path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Refuse what could not be written at the end, when the sums are made and a budget is spent."""
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent} for {option} {path}; make it, or name another file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise click.UsageError(f"{option} {path} cannot be written; name another file, or make it writable.")
 
 
 def _program(source: "Source", wanted: Wanted) -> "Statistics":

@@ -4,12 +4,11 @@ In a deployment columns are agreed on before; in this simulation all tables are 
 said is one of numbers if all of its values are, and otherwise one of text.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
@@ -106,12 +105,12 @@ class Source:
     def _guessed(self, name: str) -> Column:
         import pandas
 
-        kind = next(iter(self.tables.values()))[name].dtype
-        known = getattr(kind, "categories", None)
-        if known is None and kind != np.bool_ and pandas.api.types.is_numeric_dtype(kind):
+        kinds = [table[name].dtype for table in self.tables.values()]
+        known = [values for kind in kinds if (values := _known(kind)) is not None]
+        if known:
+            return Category(name=name, values=_union(known))
+        if all(pandas.api.types.is_numeric_dtype(kind) for kind in kinds):
             return Number(name=name)
-        if known is not None or kind == np.bool_:
-            return Category(name=name, values=("False", "True") if known is None else tuple(map(str, known)))
         marks = marks_of(self.missing)
         texts, numbers, where = [], 0, ""
         for site, table in self.tables.items():
@@ -136,6 +135,27 @@ class Source:
             f"column {name!r} has {shown!r} at {where}, and numbers mostly; give --missing {shown!r} if that means no "
             f"value, --categories {name}=A,B,… if it is one, or leave the column out with --only"
         )
+
+
+def _known(kind: Any) -> tuple[str, ...] | None:
+    """The values that a type of columns names by itself."""
+    import pandas
+
+    if isinstance(kind, pandas.CategoricalDtype):
+        return tuple(map(str, kind.categories))
+    return ("False", "True") if pandas.api.types.is_bool_dtype(kind) else None
+
+
+def _union(known: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The values of all sites, the same for any order of these: as they are, if all agree; else numbers first."""
+    if len(set(known)) == 1:
+        return known[0]
+    alike: dict[tuple[bool, float, str], str] = {}
+    for text in sorted({value for values in known for value in values}, key=lambda value: (len(value), value)):
+        number = number_of(text)
+        is_text = number is None or not math.isfinite(number)
+        alike.setdefault((is_text, 0.0 if is_text or number is None else number, text.strip() * is_text), text)
+    return tuple(alike[key] for key in sorted(alike))
 
 
 def _distinct(site: str, table: "pandas.DataFrame", name: str) -> list[str]:

@@ -1,8 +1,10 @@
 """A figure of what `fedelta stats` finds: a histogram or bars for each column, all sites together."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from fedelta.cli.stats_report import among
 from fedelta.observe.plots import COLOURS, INK, MUTED, RULE
 from fedelta.observe.text import number_text
 from fedelta.statistics.summary import CategorySummary, NumberSummary, Summary
@@ -56,9 +58,9 @@ def _panel(axes: "Axes", column: NumberSummary | CategorySummary, summary: Summa
     axes.tick_params(colors=MUTED, labelcolor=INK, length=0)
     axes.set_axisbelow(True)
     if isinstance(column, CategorySummary):
-        _bars(axes, {**column.counts, "other": column.other}, colour)
+        _bars(axes, column.shown if round(column.other) > 0 else column.counts, colour)
     elif column.values is not None:
-        _bars(axes, dict(column.values), colour)
+        _bars(axes, column.values, colour)
     elif column.bins is not None:
         _histogram(axes, column, colour)
     else:
@@ -75,7 +77,7 @@ def _histogram(axes: "Axes", column: NumberSummary, colour: str) -> None:
     if column.mean is not None:
         axes.axvline(column.mean, color=INK, linewidth=1)
         axes.annotate(
-            f"mean {number_text(column.mean)}",
+            f"mean {among(column, column.mean)}",
             (column.mean, 1),
             xycoords=("data", "axes fraction"),
             xytext=(3, -2),
@@ -87,20 +89,22 @@ def _histogram(axes: "Axes", column: NumberSummary, colour: str) -> None:
     axes.margins(x=0.02, y=0.16)
 
 
-def _bars(axes: "Axes", counts: dict[str, float], colour: str) -> None:
-    shown = {value: max(count, 0) for value, count in counts.items() if value != "other" or round(count) > 0}
-    names = list(shown)[:_BARS] if len(shown) > _BARS and not _are_numbers(shown) else list(shown)
-    axes.bar(range(len(names)), [shown[name] for name in names], 0.8, color=colour)
+def _bars(axes: "Axes", counts: Mapping[str, float], colour: str) -> None:
+    names, numbers = list(counts), _are_numbers(counts)
+    if not numbers:
+        names = names[:_BARS]
+    axes.bar(range(len(names)), [max(counts[name], 0) for name in names], 0.8, color=colour)
     every = max(1, len(names) // 8)
     ticks = range(0, len(names), every)
-    axes.set_xticks(list(ticks), [names[place][:12] for place in ticks])
-    if sum(len(names[place][:12]) for place in ticks) > 30:
+    written = [names[place] if numbers else names[place][:12] for place in ticks]
+    axes.set_xticks(list(ticks), written)
+    if sum(map(len, written)) > 30:
         axes.tick_params(axis="x", rotation=40)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_xlim(-0.7, max(len(names), 3) - 0.3)
 
 
-def _are_numbers(counts: dict[str, float]) -> bool:
+def _are_numbers(counts: Mapping[str, float]) -> bool:
     try:
         return [float(name) for name in counts] != []
     except ValueError:

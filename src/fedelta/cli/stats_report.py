@@ -1,6 +1,8 @@
 """What `fedelta stats` prints: rows, label, missing values, numbers and categories, and who could see what."""
 
+import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,7 +14,7 @@ from fedelta.observe.text import number_text, plural
 from fedelta.privacy.ledger import MemoryLedger
 from fedelta.statistics.program import Statistics
 from fedelta.statistics.search import Quantile
-from fedelta.statistics.summary import CategorySummary, NumberSummary, Summary
+from fedelta.statistics.summary import CategorySummary, NumberSummary, Summary, exact_text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BAR = 30  # letters
@@ -112,14 +114,14 @@ def _numbers(columns: Sequence[NumberSummary]) -> Table:
     table = _table("column")
     quantiles = list(dict.fromkeys(q for column in columns for q in column.quantiles))
     noisy = any(column.mean_noise for column in columns)
-    for heading in ("values", "mean", *(["± noise"] if noisy else []), "std", *(f"{100 * q:g}%" for q in quantiles)):
+    for heading in ("values", "mean", *(["± noise"] if noisy else []), "std", *(map(_percent, quantiles))):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("histogram", no_wrap=True)
     for column in columns:
         table.add_row(
             escape(column.name),
             _count(column.within),
-            _short(column.mean),
+            among(column, column.mean),
             *([f"{column.mean_noise:.2g}"] if noisy else []),
             _short(column.deviation),
             *(_quantile(column.quantiles.get(q), column) for q in quantiles),
@@ -143,7 +145,7 @@ def _outside(columns: Sequence[NumberSummary], console: Console) -> None:
         if _whole(column.below) or _whole(column.above):
             console.print(
                 f"{column.name} has {_count(column.below)} below and {_count(column.above)} above its range "
-                f"{column.low:g} to {column.high:g}; they count nowhere else.",
+                f"{among(column, column.low)} to {among(column, column.high)}; they count nowhere else.",
                 markup=False,
                 soft_wrap=True,
             )
@@ -152,8 +154,9 @@ def _outside(columns: Sequence[NumberSummary], console: Console) -> None:
 def _values(column: NumberSummary | CategorySummary) -> Mapping[str, float] | None:
     """The counts of a few values; None for what has more, or of which none is declared."""
     if isinstance(column, CategorySummary):
-        other = {"other": column.other} if _whole(column.other) else {}
-        return {**column.counts, **other} if column.counts else None
+        if not column.counts:
+            return None
+        return column.shown if _whole(column.other) else column.counts
     counts = column.values
     found = {value: count for value, count in (counts or {}).items() if count}
     return found if 0 < len(found) <= _FEW else None
@@ -168,7 +171,7 @@ def _histogram(column: NumberSummary) -> str:
     counts = [max(sum(column.bins.counts[start : start + together]), 0.0) for start in starts]
     most = max(counts) or 1.0
     blocks = "".join(_BLOCKS[min(int(8 * count / most), 7)] if count else " " for count in counts)
-    return f"{column.bins.edges[0]:g} {blocks} {column.bins.edges[-1]:g}"
+    return f"{among(column, column.bins.edges[0])} {blocks} {among(column, column.bins.edges[-1])}"
 
 
 def _quantile(found: Quantile | None, column: NumberSummary) -> str:
@@ -177,8 +180,21 @@ def _quantile(found: Quantile | None, column: NumberSummary) -> str:
         return "–"
     wide = (column.high or 0.0) - (column.low or 0.0)
     if found.exact or column.mean_noise or found.high - found.low <= 1e-3 * wide:
-        return _short(found.high)
-    return f"{_short(found.low)} … {_short(found.high)}"
+        return among(column, found.high)
+    return f"{among(column, found.low)} … {among(column, found.high)}"
+
+
+def among(column: NumberSummary, number: float | None) -> str:
+    """With as many digits as tell a thousandth of the column's range, and 4 at least."""
+    if number is None or column.low is None or column.high is None or not column.low < column.high:
+        return "–" if number is None else exact_text(number)
+    largest = max(abs(column.low), abs(column.high))
+    digits = 3 + math.ceil(math.log10(largest / (column.high - column.low)) + 1e-9)
+    return f"{number:.{min(max(4, digits), 17)}g}"
+
+
+def _percent(q: float) -> str:
+    return f"{(100 * Decimal(repr(q))).normalize():f}%"
 
 
 def _short(number: float | None) -> str:

@@ -72,7 +72,7 @@ def rows_of(table: "pandas.DataFrame", columns: Sequence[Column], missing: Colle
     values for another one, -1 for what is missing. `missing` is compared in lower case and without blanks around it,
     numbers as numbers; blank text, None and NaN are always missing, and a declared value never is.
 
-    Raises BadInput for a column that is not there, and for a number that is none, or is infinite.
+    Raises BadInput for a column that is not there, or of lists, and for a number that is none, or is infinite.
     """
     inputs = {}
     marks = marks_of(missing)
@@ -80,7 +80,9 @@ def rows_of(table: "pandas.DataFrame", columns: Sequence[Column], missing: Colle
         if column.name not in table.columns:
             there = ", ".join(repr(str(name)) for name in table.columns[:12])
             raise BadInput(f"there is no column {column.name!r} but {there}; columns are the same at all sites")
-        codes, distinct = _distinct(table[column.name])  # what pandas calls missing is the last of what is read
+        codes, distinct = _distinct(
+            column.name, table[column.name]
+        )  # what pandas calls missing is the last of what is read
         if isinstance(column, Number):
             read = _numbers(column.name, distinct, marks)[codes]
             _check_finite(column.name, read)
@@ -145,11 +147,16 @@ def _canonical(text: str) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-def _distinct(column: "pandas.Series[Any]") -> tuple[npt.NDArray[np.int64], Sequence[object]]:
+def _distinct(name: str, column: "pandas.Series[Any]") -> tuple[npt.NDArray[np.int64], Sequence[object]]:
     """Codes[n], with -1 for what pandas calls missing, and the distinct values."""
     import pandas
 
-    codes, distinct = pandas.factorize(column)
+    try:
+        codes, distinct = pandas.factorize(column)
+    except TypeError:
+        raise BadInput(
+            f"column {name!r} has lists in it, and only numbers and text are counted; leave it out"
+        ) from None
     return np.asarray(codes, dtype=np.int64), list(distinct)
 
 

@@ -23,7 +23,7 @@ from fedelta.core.messages import MOST, Tensors
 from fedelta.secure.ring import Form, Ring
 from fedelta.statistics.columns import Category, Column, Number
 from fedelta.statistics.grid import DECIMALS
-from fedelta.statistics.search import Question
+from fedelta.statistics.search import Question, impossible
 
 TERMS = Terms(bound=float(MOST), weight_bound=1.0)
 Vector = npt.NDArray[np.float64]
@@ -76,7 +76,9 @@ def size(columns: Sequence[Column], sent: Tensors) -> int:
     return first * bool(sent["first"]) + len(sent["thresholds"]) + 2 * numbers
 
 
-def body(vector: Tensor) -> dict[str, Tensor]:
+def body(vector: Tensor, terms: Terms) -> dict[str, Tensor]:
+    """An answer as it is sent. Raises BadTensors for numbers that cannot be added."""
+    _check_bound(vector, terms)
     one = torch.tensor(1.0, dtype=torch.float64)
     return {"value": vector, "weight": one, "count": one}
 
@@ -97,16 +99,14 @@ class Sum:
     def add(self, found: Tensors, senders: int) -> None:
         """The answer of one site, or the mean over several. Raises BadTensors for what is neither."""
         _check_body(found, self._length, senders)
+        if senders == 1:
+            _check_bound(found["value"], self._terms)
         self.sites += senders
         if senders > 1:
             self._mean = found
             return
         self._form = Form.of(found)
-        try:
-            parts = _RING.integers(found, self._form, self._terms, self._cohort)
-        except BadInput as error:
-            self.sites -= senders
-            raise BadTensors(str(error)) from None
+        parts = _RING.integers(found, self._form, self._terms, self._cohort)
         self._integers = {name: self._integers[name] + own if self._integers else own for name, own in parts.items()}
 
     def total(self) -> Tensor:
@@ -118,7 +118,7 @@ class Sum:
 
 
 def read_counts(columns: Sequence[Column], total: Tensor) -> tuple[Counts, Tensor]:
-    """The counts of the first round, and what is left of the total."""
+    """The counts of the first round, and what is left of the total. Raises BadTensors for counts of no rows."""
     values = iter(total.round().long().tolist())
     rows = next(values)
     missing = tuple(next(values) for _ in columns)
@@ -129,7 +129,9 @@ def read_counts(columns: Sequence[Column], total: Tensor) -> tuple[Counts, Tenso
         else:
             finer[column.name] = tuple(next(values) for _ in range(DECIMALS + 1))
     rest = len([*values])
-    return Counts(rows=rows, missing=missing, categories=categories, finer=finer), total[len(total) - rest :]
+    counts = Counts(rows=rows, missing=missing, categories=categories, finer=finer)
+    _check_counts(columns, counts)
+    return counts, total[len(total) - rest :]
 
 
 def read_questions(questions: Sequence[Question], total: Tensor) -> list[tuple[list[int], float, float]]:
@@ -157,7 +159,8 @@ def _finer(present: Vector) -> npt.NDArray[np.int64]:
     """How many have more than 0, 1, … digits after the point."""
     counts = []
     for digits in range(DECIMALS + 1):
-        scaled = np.rint(present * 10.0**digits)
+        with np.errstate(over="ignore"):  # what becomes infinite has no digits that are looked for
+            scaled = np.rint(present * 10.0**digits)
         counts.append(int(((scaled / 10.0**digits != present) | (np.abs(scaled) > 2.0**53)).sum()))
     return np.array(counts, dtype=np.int64)
 
@@ -214,3 +217,21 @@ def _check_body(found: Tensors, length: int, senders: int) -> None:
         raise BadTensors(f"it is not of the {length} numbers that were asked for")
     if weight.ndim or count.ndim or float(weight) != senders or float(count) != senders:
         raise BadTensors(f"it says that it is of {weight.tolist()} sites")
+
+
+def _check_bound(value: Tensor, terms: Terms) -> None:
+    if not bool((value.abs() <= terms.bound).all()):  # also catches NaN
+        raise BadTensors("its sums go beyond what the rows of any site add up to")
+
+
+def _check_counts(columns: Sequence[Column], counts: Counts) -> None:
+    for column, missing in zip(columns, counts.missing, strict=True):
+        present = counts.rows - missing
+        if isinstance(column, Category):
+            own = counts.categories[column.name]
+            possible = sum(own) == present
+        else:
+            own = counts.finer[column.name]
+            possible = max(own) <= present
+        if min(counts.rows, missing, *own) < 0 or not possible:
+            raise impossible(f"the counts of {column.name!r} do not add up to the rows")

@@ -31,7 +31,7 @@ from fedelta.core.grid import Terms
 from fedelta.core.noise import Noise
 from fedelta.core.release import Budget, Relation, Release
 from fedelta.privacy.accounting import noise_multiplier
-from fedelta.privacy.discrete_gaussian import concentrated, discrete_gaussian, exact_variance
+from fedelta.privacy.discrete_gaussian import MOST_VARIANCE, concentrated, discrete_gaussian, exact_variance
 from fedelta.privacy.events import concentrated as event
 from fedelta.statistics.columns import Category, Column, Number
 from fedelta.statistics.grid import before
@@ -160,6 +160,12 @@ def share(vectors: Vectors, honest: int, rho: float) -> Share:
         raise BadInput("no honest site is sure to be in a sum, so that no noise is; ask more sites")
     wanted = max(0.25, vectors.distance**2 / (2 * rho * honest))
     while True:
+        if wanted > MOST_VARIANCE:
+            raise BadInput(
+                f"so small an epsilon needs noise of standard deviation {math.sqrt(wanted) / _ONE:,.0f} at each site "
+                f"on each count, and there is room for {math.sqrt(MOST_VARIANCE) / _ONE:,.0f}; raise epsilon, or look "
+                "at fewer columns"
+            )
         variance = exact_variance(wanted)
         epsilon = concentrated(distance=vectors.distance, size=vectors.size, variance=float(variance), count=honest)
         if epsilon**2 / 2 <= rho:
@@ -169,7 +175,13 @@ def share(vectors: Vectors, honest: int, rho: float) -> Share:
 
 def most(budget: Budget, before: Sequence[Release]) -> float:
     """The rho that the budget has left. Raises BudgetSpent where it has none, BadInput where no noise keeps it."""
-    noise = noise_multiplier(lambda z: event(0.5 / z**2), RELATION, budget, unit="example", before=before)
+    try:
+        noise = noise_multiplier(lambda z: event(0.5 / z**2), RELATION, budget, unit="example", before=before)
+    except BadInput:  # whose cure is one for training
+        raise BadInput(
+            f"no noise for which there is room keeps epsilon {budget.epsilon:g} at delta {budget.delta:g}; raise "
+            "epsilon"
+        ) from None
     return 0.5 / noise**2
 
 

@@ -2,9 +2,10 @@
 
 Without privacy. Round 1: rows, missing values, categories, how many digits numbers have, and counts at the ends of
 the ranges. Then ranges are looked for where none is given, then histograms and sums, then quantiles by bisection:
-search.py has what is asked. All columns are asked about at once. All counts are exact. Means and variances are those
-of the values up to relative errors of 1e-15 and 1e-14, as far as float64 has room for that, and 2^-80 of the range or
-of its square (the grid of sums). Quantiles are as search.py says.
+search.py has what is asked. All columns are asked about at once. All counts are exact. Means are those of the values
+up to 1e-15 of the largest magnitude and 2^-80 of the range (the grid of sums): where values cancel, this is more of the
+mean. Variances are, up to 1e-14 of themselves, the square of 2^-51 of the largest magnitude, and 2^-80 of the range's
+square. Quantiles are as search.py says.
 
 Which sites: all that answer in round 1, and in every later round these and no others. Sums over two different sets of
 sites would tell of the sites in which they differ, and counts of different rows are no bisection. Under masks a round
@@ -15,7 +16,8 @@ quantile between which two numbers it lies.
 With privacy (a budget for each row) there is one round: private.py. Ranges must be given.
 
 Limits: what is exact is not private. A count of one, or a quantile of few rows, is about one person, whoever may see
-it; and who asks twice, before and after a site or a row came, learns the difference. A site can lie.
+it; and who asks twice, before and after a site or a row came, learns the difference. A site can lie. Sums that no
+rows have end the run, with what was known before; others are believed.
 """
 
 import logging
@@ -147,7 +149,10 @@ class Statistics:
         return "all is known" if known else None
 
     def step(self, state: StatisticsState, fleet: Fleet) -> tuple[StatisticsState, Report]:
-        """One question to all sites. Raises TooFewSites if too few answer the first one."""
+        """One question to all sites.
+
+        Raises TooFewSites if too few answer the first one, BadTensors if their sum is of no rows.
+        """
         sites = state.sites or tuple(fleet.parties())
         tally = Tally(cohort=sites, registered=len(sites))
         metered = tally.metered(fleet)
@@ -213,10 +218,13 @@ class Statistics:
             return replace(state, lost=lost, ended=why)
         if first:
             counts, total = read_counts(self.columns, total)
-            state = replace(state, counts=counts, sites=tuple(tally.answered), absent=dict(tally.absent))
             searches = self._begun(counts, plan)
+            state = replace(state, counts=counts, sites=tuple(tally.answered), absent=dict(tally.absent))
         answers = read_questions(questions, total)
-        found = tuple(search.after(*own) for search, own in zip(searches, answers, strict=True))
+        try:
+            found = tuple(search.after(*own) for search, own in zip(searches, answers, strict=True))
+        except BadTensors as error:
+            return replace(state, searches=searches, ended=str(error))
         return replace(state, searches=found, lost=0)
 
     def _begun(self, counts: Counts, plan: Plan) -> tuple[Search, ...]:
@@ -299,7 +307,7 @@ class Statistics:
         with self._withheld(site):
             rows = site.data().train
             if self.privacy is None:
-                return body(answer(self.columns, rows, request.shared))
+                return body(answer(self.columns, rows, request.shared), TERMS)
             check_rows(self.columns, rows)
         if request.round != 1 or _PRIVATE in site.given:
             raise BadInput("it has told its noisy counts, and twice would be twice the epsilon")
@@ -315,7 +323,7 @@ class Statistics:
         own = site.data().ledger
         if own is not None:
             own.record(private.release(share, request.round, digest(self), of=site.id))
-        return body(vector)
+        return body(vector, private.terms(sites))
 
     @contextmanager
     def _withheld(self, site: Site) -> Iterator[None]:
@@ -330,7 +338,7 @@ class Statistics:
 
 
 def summarise(program: Statistics, fleet: Fleet) -> Summary:
-    """Run the program to its end. Raises TooFewSites if too few sites answer its first question."""
+    """Run the program to its end. Raises what its first step does."""
     state = program.init()
     for after, _ in run(program, fleet):
         state = after

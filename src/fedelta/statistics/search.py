@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+from fedelta.core.errors import BadTensors
 from fedelta.statistics.columns import Number
 from fedelta.statistics.grid import DECIMALS, LADDER, Step, before
 
@@ -32,6 +33,7 @@ _ZOOMS = 6  # at most: each takes a range to a 40th of itself, if need be
 _STEPS = 40  # within a range that is looked for
 _POINTS = 32  # of a decimal grid, for a histogram with a bin for each
 _MOST_POINTS = 2**32  # of a decimal grid, for quantiles to be looked for on it
+_SLACK = 1e-9  # of sums, for what rounding adds to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,12 @@ class Search:
         return Question()
 
     def after(self, counts: Sequence[int], total: float, squares: float) -> "Search":
-        """With the answer: values up to each threshold, and the sums of (x - centre) / width and of its square."""
+        """With the answer: values up to each threshold, and the sums of (x - centre) / width and of its square.
+
+        Raises BadTensors for numbers that no rows with what is known of them have.
+        """
+        self._check_counts(counts)
+        self._check_sums(total, squares)
         match self.stage:
             case "first":
                 return self._ranged(counts) if self.present else replace(self, stage="done")
@@ -138,6 +145,26 @@ class Search:
             q: Quantile(low=self._grid.at(low), high=self._grid.at(high), exact=exact and high - low == 1)
             for q, (low, high) in known
         }
+
+    # What cannot be
+
+    def _check_counts(self, counts: Sequence[int]) -> None:
+        if any(a > b for a, b in pairwise((0, *counts, self.present))):
+            raise impossible(f"{self.column.name!r} has fewer values up to a number than up to a smaller one")
+        last = self.present - self.above
+        if (self.stage == "zoom" and not (counts[0] <= self.below and counts[-1] >= last)) or (
+            self.stage == "histogram" and (counts[0], counts[-1]) != (self.below, last)
+        ):
+            raise impossible(f"values of {self.column.name!r} are outside of the range that held them")
+
+    def _check_sums(self, total: float, squares: float) -> None:
+        asked, n = self.question, self.within
+        if not asked.width:
+            return
+        least, most = (n * (end - asked.centre) / asked.width for end in (asked.low, asked.high))
+        slack = _SLACK * (n + 1)
+        if not (least - slack <= total <= most + slack and -slack <= squares <= n + slack):
+            raise impossible(f"the sum of {self.column.name!r} is beyond that of its largest values")
 
     # The range
 
@@ -291,8 +318,17 @@ class Search:
             rank = self.below + self.rank(q)
             most = min([high, *(place for place, count in found.items() if count >= rank)])
             least = max([low, *(place for place, count in found.items() if count < rank)])
+            if least >= most:
+                raise impossible(f"a quantile of {self.column.name!r} is outside of where it was found")
             brackets.append((least, most))
         return replace(self, brackets=tuple(brackets))
+
+
+def impossible(what: str) -> BadTensors:
+    return BadTensors(
+        f"the sums over the sites are of no rows ({what}): a site lies, or its rows changed meanwhile; see to the "
+        "sites' tables and run it again"
+    )
 
 
 def searching(column: Number, plan: Plan, present: int, finer: Sequence[int]) -> Search:

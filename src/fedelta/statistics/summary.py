@@ -40,7 +40,7 @@ class NumberSummary:
         """The count of each value, where there are few."""
         if self.bins is None or not self.bins.points:
             return None
-        return {f"{edge:g}": count for edge, count in zip(self.bins.edges, self.bins.counts, strict=True)}
+        return {exact_text(edge): count for edge, count in zip(self.bins.edges, self.bins.counts, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,14 @@ class CategorySummary:
     missing: float
     counts: Mapping[str, float]
     other: float
+
+    @property
+    def shown(self) -> Mapping[str, float]:
+        """The declared values and, last, all others, under a name that no declared value has."""
+        name = "other"
+        while name in self.counts:
+            name = f"({name})"
+        return {**self.counts, name: self.other}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +113,14 @@ def _column(column: NumberSummary | CategorySummary) -> dict[str, Plain]:
         if column.values is not None:
             plain["values"] = dict(column.values)
     plain["quantiles"] = {
-        f"{q:g}": {"above": own.low, "up_to": own.high, "exact": own.exact} for q, own in column.quantiles.items()
+        exact_text(q): {"above": own.low, "up_to": own.high, "exact": own.exact} for q, own in column.quantiles.items()
     }
     return plain
+
+
+def exact_text(number: float) -> str:
+    """The shortest text that is this float64 and no other: "3", "0.1", "20230101", "1e+17"."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def _finite(value: float | None) -> float | None:
