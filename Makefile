@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-all test-vision check bench bench-adapters clean
+.PHONY: help demo install test test-all test-vision check proto bench bench-adapters clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,13 @@ check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_direction.py
+
+# The compiler is not among what anybody needs: it is installed for this, and removed.
+proto:  ## generate fleet/frames_pb2.py from frames.proto
+	"$(PYTHON)" -m venv build/protoc
+	build/protoc/bin/python -m pip --disable-pip-version-check install -q grpcio-tools==1.85.1
+	build/protoc/bin/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/fedelta/fleet/frames.proto
+	rm -rf build/protoc
 
 # BENCH="--docs" also rewrites docs/benchmarks.md; docs/benchmarks.md tells how peers take part.
 bench: $(STAMP)  ## the simulation beside a bare PyTorch loop, and the exact mean beside add_

@@ -3,7 +3,7 @@
 In README.md and docs/*.md the first line of a fenced block says what becomes of it here:
 
     ```python            run in the order of the page, in one namespace, in an empty folder
-    ```python file=NAME  written to NAME in that folder
+    ```python file=NAME  written to NAME in that folder; also ```toml file=NAME
     ```sh run            run by bash in that folder
     ```sh                not run; its fedelta commands have to parse
     ```text output       what the Python block before it prints
@@ -127,7 +127,7 @@ def test_the_code_of_a_page_runs(page: Path, home: Path) -> None:
         match block.info.split():
             case ["python"]:
                 printed = run_python(block, namespace)
-            case ["python", file] if file.startswith("file="):
+            case ["python" | "toml", file] if file.startswith("file="):
                 Path(file.removeprefix("file=")).write_text(block.code)
             case ["sh", "run"]:
                 run_shell(block, home)
@@ -147,7 +147,10 @@ def test_the_commands_of_a_page_parse(page: Path) -> None:
     assert found or page.name not in ("README.md", "tutorial.md")
 
 
-@pytest.mark.parametrize("line", ["fedelta run a.py --worker 2", "fedelta finetun --model m", "fedelta run"])
+@pytest.mark.parametrize(
+    "line",
+    ["fedelta run a.py --worker 2", "fedelta finetun --model m", "fedelta run", "fedelta ca make", "fedelta ca revoke"],
+)
 def test_a_command_that_does_not_exist_is_noticed(line: str) -> None:
     with pytest.raises(click.ClickException):
         parse(line)
@@ -177,9 +180,14 @@ def parse(line: str) -> None:
     """Raise click's exception unless the command line understands `line`."""
     name, *arguments = shlex.split(line, comments=True)[1:]
     with click.Context(cli) as context:
-        command: Callable[..., object] | None = cli.get_command(context, name)
-        if not isinstance(command, click.Command):
-            raise click.UsageError(f"no such command {name!r}")
+        group: click.Group = cli
+        while True:
+            command: Callable[..., object] | None = group.get_command(context, name)
+            if not isinstance(command, click.Command):
+                raise click.UsageError(f"no such command {name!r}")
+            if not isinstance(command, click.Group) or not arguments or arguments[0].startswith("-"):
+                break
+            group, (name, *arguments) = command, arguments
         command.make_context(name, arguments, parent=context)
 
 

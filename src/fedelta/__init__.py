@@ -60,7 +60,12 @@ if TYPE_CHECKING:
     from fedelta.data.partition import Dirichlet as Dirichlet
     from fedelta.data.partition import Quantity as Quantity
     from fedelta.data.partition import Shards as Shards
+    from fedelta.fleet.certificates import CertificateAuthority as CertificateAuthority
     from fedelta.fleet.local import Local as Local
+    from fedelta.fleet.member import Member as Member
+    from fedelta.fleet.remote import Remote as Remote
+    from fedelta.fleet.revocations import Revocations as Revocations
+    from fedelta.fleet.wire import Credentials as Credentials
     from fedelta.fleet.workers import Workers as Workers
     from fedelta.learning.bottleneck import Bottleneck as Bottleneck
     from fedelta.learning.closed_form import LDA as LDA
@@ -150,7 +155,12 @@ _HOME = {
     "data.audio": ["AudioFormat", "audio_format", "read_audio", "read_audio_folder"],
     "data.images": ["ImageFormat", "image_format", "read_image_folder", "read_images"],
     "data.partition": ["IID", "Dirichlet", "Quantity", "Shards"],
+    "fleet.certificates": ["CertificateAuthority"],
     "fleet.local": ["Local"],
+    "fleet.member": ["Member"],
+    "fleet.remote": ["Remote"],
+    "fleet.revocations": ["Revocations"],
+    "fleet.wire": ["Credentials"],
     "fleet.workers": ["Workers"],
     "learning.closed_form": ["LDA", "Ridge"],
     "learning.bottleneck": ["Bottleneck"],

@@ -13,7 +13,7 @@ import pytest
 from fedelta.cli.main import cli, main
 from fedelta.core.errors import FedeltaWarning
 
-COMMANDS = ["combinations", "demo", "finetune", "ledger", "plan", "run", "stats"]
+COMMANDS = ["ca", "combinations", "demo", "finetune", "ledger", "plan", "run", "stats"]
 HEAVY = {"torch", "numpy", "transformers", "peft", "datasets", "pandas", "matplotlib", "sklearn", "jinja2"}
 
 

@@ -4,6 +4,7 @@ import json
 import mmap
 import struct
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -55,6 +56,13 @@ def form(tensor):
 def message(header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_strides_that_do_not_count_are_none(count):
+    array = np.lib.stride_tricks.as_strided(np.array([7], dtype=np.int64), (count,), (0,))
+    tensors = {"x": torch.from_numpy(np.array(array, copy=False))}
+    assert torch.equal(codec.decode(codec.encode(tensors))[0]["x"], tensors["x"])
 
 
 def library_refuses(content):

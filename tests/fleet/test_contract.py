@@ -1,4 +1,8 @@
-"""What every fleet does, in this process and in worker processes alike."""
+"""What every fleet does: in this process, in worker processes, and with sites that are elsewhere.
+
+A bug at a site that is elsewhere is a failure of that site, and each of them is asked for itself: what is said here of
+bugs, and of many sites in one go, holds for the fleets that are near.
+"""
 
 import math
 import tempfile
@@ -17,6 +21,7 @@ from fedelta.core.program import Fleet, run
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Start, Workers
 from fleet_program import NAMES, Play, load
+from remote_sites import far
 
 
 @contextmanager
@@ -44,18 +49,31 @@ def workers(names: Sequence[str] = NAMES, *, count: int, start: Start = "fork") 
         yield fleet
 
 
-KINDS: dict[str, Callable[..., AbstractContextManager[Fleet]]] = {
+@contextmanager
+def elsewhere(names: Sequence[str] = NAMES) -> Iterator[Fleet]:
+    with far(Play(), load, names) as fleet:
+        yield fleet
+
+
+NEAR: dict[str, Callable[..., AbstractContextManager[Fleet]]] = {
     "local": local,
     "local with memory in files": spilling,
     "workers with memory in a folder that stays": keeping,
     "one worker": partial(workers, count=1),
     "three workers": partial(workers, count=3),
 }
+KINDS = {**NEAR, "sites elsewhere": elsewhere}
 
 
 @pytest.fixture(params=KINDS)
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     with KINDS[request.param]() as fleet:
+        yield fleet
+
+
+@pytest.fixture(params=NEAR)
+def near(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    with NEAR[request.param]() as fleet:
         yield fleet
 
 
@@ -161,24 +179,24 @@ def test_an_absent_site_is_data(fleet: Fleet) -> None:
     assert ask(fleet, Request(to="amber", op="train", round=5, shared=shared)).error is None
 
 
-def test_a_bug_is_an_exception_and_the_fleet_goes_on(fleet: Fleet) -> None:
-    fleet.submit(Request(to="amber", op="bug", round=1))
+def test_a_bug_is_an_exception_and_the_fleet_goes_on(near: Fleet) -> None:
+    near.submit(Request(to="amber", op="bug", round=1))
     with pytest.raises((KeyError, RuntimeError), match="not what was meant"):
-        fleet.next_reply()
-    assert ask(fleet, Request(to="amber", op="echo", round=2)).error is None
-    assert fleet.next_reply() is None
+        near.next_reply()
+    assert ask(near, Request(to="amber", op="echo", round=2)).error is None
+    assert near.next_reply() is None
 
 
-def test_writing_into_a_broadcast_is_a_bug(fleet: Fleet) -> None:
-    fleet.submit(Request(to="amber", op="overwrite", round=1, shared={"vector": torch.zeros(3)}))
+def test_writing_into_a_broadcast_is_a_bug(near: Fleet) -> None:
+    near.submit(Request(to="amber", op="overwrite", round=1, shared={"vector": torch.zeros(3)}))
     with pytest.raises(RuntimeError, match="clone them before writing"):
-        fleet.next_reply()
+        near.next_reply()
 
 
-def test_a_reply_to_another_request_is_a_bug(fleet: Fleet) -> None:
-    fleet.submit(Request(to="amber", op="stray", round=1))
+def test_a_reply_to_another_request_is_a_bug(near: Fleet) -> None:
+    near.submit(Request(to="amber", op="stray", round=1))
     with pytest.raises(RuntimeError, match="another request"):
-        fleet.next_reply()
+        near.next_reply()
 
 
 def test_a_cancelled_request_is_not_answered(fleet: Fleet) -> None:
@@ -251,11 +269,11 @@ def test_what_is_not_dense_or_not_plain_is_refused(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize(("kind", "why"), [("sparse", "sparse_coo"), ("set", "plain JSON"), ("tuple", "plain JSON")])
-def test_a_reply_that_cannot_be_sent_is_a_bug(fleet: Fleet, kind: str, why: str) -> None:
-    fleet.submit(Request(to="amber", op="unsendable", round=1, meta={"kind": kind}))
+def test_a_reply_that_cannot_be_sent_is_a_bug(near: Fleet, kind: str, why: str) -> None:
+    near.submit(Request(to="amber", op="unsendable", round=1, meta={"kind": kind}))
     with pytest.raises(RuntimeError, match=f"the reply to request .* cannot be sent: .*{why}"):
-        fleet.next_reply()
-    assert ask(fleet, Request(to="amber", op="echo", round=2)).error is None
+        near.next_reply()
+    assert ask(near, Request(to="amber", op="echo", round=2)).error is None
 
 
 def test_threads_of_the_coordinator_are_restored(tmp_path: Path) -> None:
@@ -288,7 +306,7 @@ def together(fleet: Fleet, requests: Requests, together: int) -> dict[tuple[str,
     return dict(sorted(found.items(), key=lambda item: requests.to.index(item[0][0])))
 
 
-def test_requests_are_handled_in_parts_in_their_order(fleet: Fleet) -> None:
+def test_requests_are_handled_in_parts_in_their_order(near: Fleet) -> None:
     names = ("dune", "amber", "elm", "birch", "cedar")
     bodies = {name: {"x": torch.full((3,), float(at)), "a/b": torch.tensor(at)} for at, name in enumerate(names[1:])}
     shared = {"v": torch.arange(1000)}
@@ -297,7 +315,7 @@ def test_requests_are_handled_in_parts_in_their_order(fleet: Fleet) -> None:
         2: [("dune", "amber"), ("elm", "birch"), ("cedar",)],
         9: [names],
     }.items():
-        found = together(fleet, requests, size)
+        found = together(near, requests, size)
         assert [*found] == parts
         for part, replies in found.items():
             assert tuple(replies.senders) == part
@@ -314,7 +332,7 @@ def test_many_give_the_same_bits_in_every_fleet_and_as_one_by_one() -> None:
     with KINDS["local"]() as fleet:
         for name in NAMES[:4]:
             single[name] = ask(fleet, Request(to=name, op="train", round=1, shared=shared)).body["difference"]
-    for open_fleet in KINDS.values():
+    for open_fleet in NEAR.values():
         for size in (2, 5):
             with open_fleet() as fleet:
                 found = together(fleet, Requests(to=NAMES, op="train", round=1, shared=shared), size)
@@ -325,9 +343,9 @@ def test_many_give_the_same_bits_in_every_fleet_and_as_one_by_one() -> None:
             assert "elm.csv" in errors["elm"]
 
 
-def test_what_fails_as_a_whole_is_a_failure_of_every_site_of_its_part(fleet: Fleet) -> None:
+def test_what_fails_as_a_whole_is_a_failure_of_every_site_of_its_part(near: Fleet) -> None:
     for kind, said in {"user": "the loss is NaN", "memory": "out of memory", "allocation": "out of memory ("}.items():
-        found = together(fleet, Requests(to=NAMES, op="fail", round=1, job=kind), 3)
+        found = together(near, Requests(to=NAMES, op="fail", round=1, job=kind), 3)
         assert [*found] == [NAMES[:3], NAMES[3:]]
         for part, replies in found.items():
             assert not replies.senders
@@ -341,19 +359,19 @@ def test_what_fails_as_a_whole_is_a_failure_of_every_site_of_its_part(fleet: Fle
     [(job, "not of the sites that were asked, each once") for job in ("missing", "double", "more", "both")]
     + [("stray", "other requests"), ("unsendable", "sparse_coo")],
 )
-def test_replies_to_what_was_not_asked_are_a_bug(fleet: Fleet, job: str, why: str) -> None:
+def test_replies_to_what_was_not_asked_are_a_bug(near: Fleet, job: str, why: str) -> None:
     with pytest.raises(RuntimeError, match=why):
-        together(fleet, Requests(to=NAMES[:3], op="mistake", round=1, job=job), 3)
-    assert fleet.next_reply() is None
-    assert ask(fleet, Request(to="amber", op="echo", round=2)).error is None
+        together(near, Requests(to=NAMES[:3], op="mistake", round=1, job=job), 3)
+    assert near.next_reply() is None
+    assert ask(near, Request(to="amber", op="echo", round=2)).error is None
 
 
 @pytest.mark.parametrize("where", ["shared", "bodies"])
-def test_writing_into_what_many_were_given_is_a_bug(fleet: Fleet, where: str) -> None:
+def test_writing_into_what_many_were_given_is_a_bug(near: Fleet, where: str) -> None:
     given: dict[str, Any] = {"vector": torch.zeros(3)}
     with pytest.raises(RuntimeError, match="clone them before writing"):
         together(
-            fleet,
+            near,
             Requests(
                 to=("amber",), op="overwrite", round=1, **{where: given if where == "shared" else {"amber": given}}
             ),
@@ -361,38 +379,38 @@ def test_writing_into_what_many_were_given_is_a_bug(fleet: Fleet, where: str) ->
         )
 
 
-def test_a_bug_in_one_part_leaves_the_others(fleet: Fleet) -> None:
-    fleet.submit_many(Requests(to=("amber", "birch"), op="bug", round=1), 1)
+def test_a_bug_in_one_part_leaves_the_others(near: Fleet) -> None:
+    near.submit_many(Requests(to=("amber", "birch"), op="bug", round=1), 1)
     for _ in range(2):
         with pytest.raises((KeyError, RuntimeError), match="not what was meant"):
-            fleet.next_reply()
-    assert fleet.next_reply() is None
+            near.next_reply()
+    assert near.next_reply() is None
 
 
-def test_cancelled_requests_are_not_answered(fleet: Fleet) -> None:
+def test_cancelled_requests_are_not_answered(near: Fleet) -> None:
     requests = Requests(to=NAMES, op="echo", round=1)
-    fleet.submit_many(requests, 2)
-    fleet.submit(Request(to="amber", op="echo", round=1))
-    assert fleet.next_reply() is not None
-    fleet.cancel(requests.id)
-    fleet.cancel(requests.id)
-    assert [reply.answers for reply in everything(fleet)] == [f"{requests.id}/amber"]
-    assert len(together(fleet, requests, 2)) == 3  # the id is free again
-    fleet.cancel(requests.id)
+    near.submit_many(requests, 2)
+    near.submit(Request(to="amber", op="echo", round=1))
+    assert near.next_reply() is not None
+    near.cancel(requests.id)
+    near.cancel(requests.id)
+    assert [reply.answers for reply in everything(near)] == [f"{requests.id}/amber"]
+    assert len(together(near, requests, 2)) == 3  # the id is free again
+    near.cancel(requests.id)
 
 
-def test_many_and_single_requests_of_a_site_come_in_their_order(fleet: Fleet) -> None:
+def test_many_and_single_requests_of_a_site_come_in_their_order(near: Fleet) -> None:
     """Each finds the memory that the one before has left."""
     for round in range(1, 9):
         names = NAMES[:4] if round % 4 else NAMES[3::-1]
         if round % 2:
             bases = dict.fromkeys(names, round - 1 if round > 1 else -1)
-            fleet.submit_many(Requests(to=names, op="count", round=round, bases=bases), 3)
+            near.submit_many(Requests(to=names, op="count", round=round, bases=bases), 3)
         else:
             for name in names:
-                fleet.submit(Request(to=name, op="count", round=round, base=round - 1))
+                near.submit(Request(to=name, op="count", round=round, base=round - 1))
     asked: dict[str, list[int]] = {name: [] for name in NAMES[:4]}
-    while (reply := fleet.next_reply()) is not None:
+    while (reply := near.next_reply()) is not None:
         if isinstance(reply, Replies):
             for name in reply.senders:
                 asked[name].append(int(reply.body[f"{name}/asked"]))
@@ -401,11 +419,11 @@ def test_many_and_single_requests_of_a_site_come_in_their_order(fleet: Fleet) ->
     assert all(counts == [*range(1, 9)] for counts in asked.values())
 
 
-def test_scratch_of_many_lasts_for_one_attempt(fleet: Fleet) -> None:
+def test_scratch_of_many_lasts_for_one_attempt(near: Fleet) -> None:
     tried = []
     for round, attempt, base in [(1, 0, -1), (1, 0, -1), (1, 1, -1), (2, 0, 1), (2, 0, 1), (2, 1, 1), (2, 0, 1)]:
         requests = Requests(to=NAMES[:4], op="count", round=round, attempt=attempt, bases=dict.fromkeys(NAMES, base))
-        found = together(fleet, requests, 2)
+        found = together(near, requests, 2)
         tried += [{int(x) for replies in found.values() for key, x in replies.body.items() if key.endswith("tried")}]
     assert tried == [{1}, {2}, {1}, {1}, {2}, {1}, {1}]
 
@@ -423,20 +441,20 @@ def test_parts_of_one_are_single_requests(fleet: Fleet) -> None:
     assert {reply.sender: reply.meta for reply in found} == {reply.sender: reply.meta for reply in expected}
 
 
-def test_what_cannot_be_asked_of_many_is_refused(fleet: Fleet) -> None:
+def test_what_cannot_be_asked_of_many_is_refused(near: Fleet) -> None:
     with pytest.raises(BadInput, match=r"no site 'fir' among the 5 of this fleet \('amber', .*sites\(\)"):
-        fleet.submit_many(Requests(to=("amber", "fir"), op="echo", round=1), 2)
+        near.submit_many(Requests(to=("amber", "fir"), op="echo", round=1), 2)
     with pytest.raises(BadInput, match="named twice"):
-        fleet.submit_many(Requests(to=("amber", "birch", "amber"), op="echo", round=1), 1)
+        near.submit_many(Requests(to=("amber", "birch", "amber"), op="echo", round=1), 1)
     with pytest.raises(BadInput, match="together must be >= 1, got 0"):
-        fleet.submit_many(Requests(to=("amber",), op="echo", round=1), 0)
+        near.submit_many(Requests(to=("amber",), op="echo", round=1), 0)
     sparse = {"w": torch.eye(3).to_sparse()}
     for given in ({"shared": sparse}, {"bodies": {"amber": sparse}}):
         with pytest.raises(BadTensors, match="sparse_coo"):
-            fleet.submit_many(Requests(to=("amber",), op="echo", round=1, **given), 1)  # type: ignore[arg-type]
-    fleet.submit_many(Requests(to=(), op="echo", round=1), 1)
-    assert fleet.next_reply() is None
-    fleet.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
+            near.submit_many(Requests(to=("amber",), op="echo", round=1, **given), 1)  # type: ignore[arg-type]
+    near.submit_many(Requests(to=(), op="echo", round=1), 1)
+    assert near.next_reply() is None
+    near.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
     with pytest.raises(BadInput, match="already outstanding"):
-        fleet.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
-    assert len(everything(fleet)) == 2
+        near.submit_many(Requests(to=NAMES, op="echo", round=1), 3)
+    assert len(everything(near)) == 2

@@ -62,6 +62,10 @@ class Experiment:
             raise BadExperiment(f"sites() of {self.path} must give distinct names, at least one; got {names[:5]}")
         return names
 
+    def data(self, name: str) -> object:
+        """Of one site; read where the site is, and in a simulation."""
+        return guarded(self.path, f"site({name!r}) was called", lambda: self.site(name))
+
     def held_out(self) -> Examples | None:
         if self.test is None:
             return None
@@ -89,17 +93,21 @@ def opened(
 
     `settings` are NAME=VALUE; `rounds` and `seed` replace the experiment's own where they are given.
     """
+    loaded, federation = federated(path, settings, rounds=rounds, seed=seed, test=True)
+    return federation, Sites(load=loaded.data, names=loaded.names())
+
+
+def federated(
+    path: Path, settings: Sequence[str], *, rounds: int | None = None, seed: int | None = None, test: bool
+) -> tuple[Experiment, Federation[Any]]:
+    """As `opened`, without asking for the sites; `test`: with the test set, which is the coordinator's alone."""
     loaded = Experiment.load(path, dict(_pair(setting) for setting in settings))
     program = loaded.build()
     if not isinstance(program, Federation):
         raise BadExperiment(f"program() of {path} must return a Federation, got {type(program).__name__}")
-    changes: dict[str, Any] = {"rounds": rounds, "seed": seed, "test": loaded.held_out()}
-    federation: Federation[Any] = replace(program, **{k: v for k, v in changes.items() if v is not None})
-
-    def site(name: str) -> object:
-        return guarded(path, f"site({name!r}) was called", lambda: loaded.site(name))
-
-    return federation, Sites(load=site, names=loaded.names())
+    held_out = loaded.held_out() if test else None
+    changes: dict[str, Any] = {"rounds": rounds, "seed": seed, "test": held_out}
+    return loaded, replace(program, **{k: v for k, v in changes.items() if v is not None})
 
 
 def guarded(path: Path, when: str, call: Callable[[], T]) -> T:

@@ -25,11 +25,11 @@ from fedelta.cli.releases import (
     sites_text,
     spent,
 )
+from fedelta.core.chain import is_signed
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId
 from fedelta.core.release import Release, Unit
 from fedelta.observe.text import plural
-from fedelta.privacy.chain import is_signed
 from fedelta.privacy.ledger import Verified, verified
 
 _NO_KEY = (

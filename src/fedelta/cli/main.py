@@ -15,12 +15,15 @@ from fedelta import __version__
 from fedelta.core.errors import FedeltaError, FedeltaWarning
 
 _COMMANDS = {
+    "ca": "A small certificate authority: who may join a coordinator, and which coordinator is the right one.",
     "combinations": "Tell which algorithms, guarantees and parts go together, and why others do not.",
     "demo": "A pre-trained model federated over 8 unequal sites, against every baseline; offline, in a minute.",
     "finetune": "Fine-tune a Hugging Face model over a table split among sites, with no Python written.",
+    "join": "Take part in a run as a site: open a stream to its coordinator, and answer what it asks.",
     "ledger": "Check a privacy ledger, and tell what was released and what it adds up to.",
     "plan": "Tell what a run of an experiment file will send, need and show, before anything is sent.",
     "run": "Simulate an experiment file.",
+    "serve": "Coordinate a run whose sites are elsewhere and join it over mutual TLS.",
     "stats": "Counts, means, histograms and quantiles over the sites, of which only sums are seen.",
 }
 

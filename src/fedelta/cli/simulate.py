@@ -1,7 +1,8 @@
 """One simulation with its run folder, progress, report and saved model: what `run` and `finetune` share."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,27 @@ from fedelta.privacy.ledger import MemoryLedger
 THREADS = 1  # of PyTorch in each worker: part of the execution plan, since it changes floating-point bits
 
 
+Rounds = Iterator[tuple[FederationState[Any], Report]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """How sites are reached that are not of this machine: their data are not looked at here."""
+
+    fleet: Callable[[Federation[Any], RunFolder], AbstractContextManager[Fleet]]
+    rounds: Callable[[Federation[Any], Fleet, FederationState[Any]], Rounds]  # as core.program.run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """`federation` over `sites` in processes of this machine, into the run folder of the settings."""
+    """`federation` over `sites` in processes of this machine, or elsewhere, into the run folder of the settings."""
 
     title: str
     federation: Federation[Any]
     sites: Sites
     settings: RunSettings
     classes: tuple[str, ...] = ()  # names of the labels, for the overview
+    elsewhere: Elsewhere | None = None
 
     def run(self) -> None:
         """Run to the end, or from where the folder's last commit is; then save the model and the report."""
@@ -68,7 +81,10 @@ class Simulation:
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         if self.settings.ledger is not None and self.federation.privacy is None:
             raise BadInput("--ledger has no effect without a guarantee; give the federation a `privacy`")
-        held = Held.of(self.sites, self.federation, console, self.classes)
+        if self.elsewhere is None:
+            held = Held.of(self.sites, self.federation, console, self.classes)
+        else:
+            held = Held(classes=(), digests=dict.fromkeys(self.sites.names))
         start = self.federation.init()  # before the folder: a model that cannot be built leaves no run behind
         planned = replace(self, federation=replace(self.federation, plan=self._plan(console)))
         if not self.settings.resume:
@@ -153,6 +169,8 @@ class Simulation:
             "plan": {"threads": THREADS, **asdict(plan)},
             **environment(),
         }
+        if self.elsewhere is not None:
+            manifest["run"] = secrets.token_hex(16)  # by which sites know it again
         every = self.settings.commit_every_s
         with (
             RunFolder.open(self.settings.out, every)
@@ -203,9 +221,10 @@ class Simulation:
     ) -> FederationState[Any]:
         progress = Progress(self.federation.rounds, done=len(reports), console=console)
         try:
-            with self._fleet(folder.memory) as fleet, progress, self._trackers(folder, reports, console) as trackers:
-                rounds = run(self.federation, progress.watch(fleet), state)
-                for state, report in rounds:
+            with self._fleet(folder) as fleet, progress, self._trackers(folder, reports, console) as trackers:
+                rounds = run if self.elsewhere is None else self.elsewhere.rounds
+                done = rounds(self.federation, progress.watch(fleet), state)
+                for state, report in done:
                     folder.add(state, report)
                     reports.append(report)
                     progress.show(report)
@@ -241,8 +260,12 @@ class Simulation:
         return Trackers(trackers, lambda text: console.print(f"warning: {text}", style="yellow", markup=False))
 
     @contextmanager
-    def _fleet(self, spill: Path) -> Iterator[Fleet]:
-        names = self.sites.names
+    def _fleet(self, folder: RunFolder) -> Iterator[Fleet]:
+        names, spill = self.sites.names, folder.memory
+        if self.elsewhere is not None:
+            with self.elsewhere.fleet(self.federation, folder) as fleet:
+                yield fleet
+            return
         if self.settings.workers == 0:
             yield Local(self.federation, self.sites, names, threads=THREADS, spill=spill)
             return

@@ -69,7 +69,8 @@ def chunks(tensors: Tensors, meta: Meta | None = None) -> Iterator[bytes | memor
     yield _header(ordered, meta)
     for _, tensor in ordered:
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        # by its own strides: NumPy gives arrays of one or no element others, which do not count
+        yield plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def write(file: BinaryIO, tensors: Tensors, meta: Meta | None = None) -> int:

@@ -56,4 +56,4 @@ class BudgetSpent(FedeltaError):
 
 
 class BadLedger(FedeltaError):
-    """A privacy ledger is not what was recorded in it, or cannot be read."""
+    """A privacy ledger, or a log whose lines are chained, is not what was recorded in it, or cannot be read."""

@@ -1,44 +1,28 @@
 """Privacy ledgers: what was released about some data, in memory or in a file that only grows.
 
-The file has one JSON line for each release, and all jobs that use the same data share it:
-
-    {"number":2,"before":"5f…","time":"2026-11-22T10:00:00.000000+00:00","release":{…},"seal":"8c…"}
-
-`before` is the SHA-256 of the line before (of its bytes without the newline; the first line has a hash of the public
-key there), and `seal` an Ed25519 signature (RFC 8032) of the line without its seal. A line is written and synced
-under a lock before `record` returns. So a line without its newline, which a crash may leave at the end, belongs to a
-`record` that never returned: nothing was released for it, and the next `record` cuts it off. A line that is there in
-full counts, even if its process was killed before it released anything.
-
-What the chain shows: a line that was altered, removed, added or moved by somebody who does not have the key. What it
-cannot show by itself: that lines are missing at the end, that the file was deleted or put back from an older copy (it
-then is what it was at that time), or that the owner of the key wrote all of it anew. For that, somebody else has to
-remember how far it was: `head` is the hash of the last line and stands for all lines up to it. Whoever has noted it, or
-the number of lines, can ask for it (`includes`, `at_least`). While an object is open, it notices a file that shrinks.
-
-Without a key a seal is a hash of the line: that shows damage, and not what anybody changed on purpose.
-
-Limits: POSIX only (`fcntl.flock`); on a network file system the lock is as good as the file system. A power cut on a
-file system that keeps a later part of one write and loses an earlier one may leave a last line that is not torn but
-wrong; it is refused as if it had been altered. An object re-reads only what was added since it last looked.
+The file has one JSON line for each release, and all jobs that use the same data share it; its lines are chained and
+signed, see core/chain.py for what that shows and what it does not. A line is there and synced before `record` returns.
+So nothing was released for a line that a crash has torn, and a line that is there in full counts, even if its process
+was killed before it released anything.
 """
 
-import errno
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, get_args
 
-from fedelta.core.errors import BadLedger, BudgetSpent, FedeltaError
-from fedelta.core.release import Limit, Release
+from fedelta.core.chain import ChainFile, Kind, Line, Seal, dumped, read_all
+from fedelta.core.errors import BadInput, BudgetSpent
+from fedelta.core.release import Limit, Relation, Release, Unit
 from fedelta.privacy.accounting import Account
-from fedelta.privacy.chain import CURE, Seal, Tip, after, checked, line_of, read
+from fedelta.privacy.events import from_plain
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+_FIELDS = [field.name for field in fields(Release)]
 
 
 class MemoryLedger:
@@ -85,12 +69,11 @@ class MemoryLedger:
 class FileLedger:
     """A ledger in a file, see above. Any number of processes, jobs, threads and objects may share the file."""
 
-    def __init__(self, path: Path, seal: "Seal", limit: Limit | None) -> None:
+    def __init__(self, file: ChainFile[Release], found: Sequence[Line[Release]], limit: Limit | None) -> None:
         """For `open`."""
-        self.path = path
-        self._seal = seal
+        self._file = file
         self._memory = MemoryLedger(limit)
-        self._tip = Tip(head=seal.start)
+        self._add(found)
 
     @classmethod
     def open(
@@ -110,24 +93,22 @@ class FileLedger:
 
         Raises BadLedger if the ledger is not what was recorded in it, or has fewer releases than it must.
         """
-        path = Path(path)
-        ledger = cls(path, Seal.of(key), limit)
-        if not at_least and includes is None:
-            _create(path)
-        with _held(path) as file:
-            found = [ledger._tip, *ledger._catch_up(file)]
-        _check_whole(path, found, at_least, includes)
-        return ledger
+        file, found = ChainFile.open(path, _RELEASES, Seal.of(_RELEASES, key), at_least=at_least, includes=includes)
+        return cls(file, found, limit)
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
 
     @property
     def head(self) -> str:
         """The hash of the last line that this object has read or written; it stands for all lines up to there."""
-        return self._tip.head
+        return self._file.head
 
     def releases(self) -> Sequence[Release]:
         """All that are in the file, those that other jobs recorded included. Raises BadLedger."""
-        with _held(self.path) as file:
-            self._catch_up(file)
+        with self._file.held() as held:
+            self._add(held.added)
             return self._memory.releases()
 
     def record(self, *releases: Release, within: Limit | None = None) -> None:
@@ -137,24 +118,14 @@ class FileLedger:
         and FedeltaError if the disk does not take it; then, too, nothing may be released.
         """
         new = [checked(release) for release in releases]
-        with _held(self.path) as file:
-            self._catch_up(file)
+        with self._file.held() as held:
+            self._add(held.added)
             self._memory.check(new, within)
-            tip, lines = self._tip, list[bytes]()
-            for release in new:
-                lines.append(line_of(tip, release, self._seal))
-                tip = after(tip, lines[-1])
-            _append(self.path, file.fileno(), self._tip.bytes, lines)
-            self._tip = tip
+            held.append(new)
             self._memory.add(new)
 
-    def _catch_up(self, file: BinaryIO) -> list[Tip]:
-        """Read what was added since the last time."""
-        found = read(self.path, file, self._tip, self._seal)
-        if found:
-            self._tip = found[-1][0]
-            self._memory.add([release for _, release in found])
-        return [tip for tip, _ in found]
+    def _add(self, lines: Sequence[Line[Release]]) -> None:
+        self._memory.add([line.entry for line in lines])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,84 +159,68 @@ def verified(
     None for a ledger whose lines are not signed; `at_least` and `includes` as in `FileLedger.open`. Needs no right to
     write. Raises BadLedger.
     """
-    path = Path(path)
-    seal = Seal.of_public(key)
-    start = Tip(head=seal.start)
-    with _held(path, os.O_RDONLY) as file:
-        found = read(path, file, start, seal, every_seal=True)
-    tips = [start, *(tip for tip, _ in found)]
-    _check_whole(path, tips, at_least, includes)
-    return Verified(releases=[release for _, release in found], head=tips[-1].head)
+    seal = Seal.of_public(_RELEASES, key)
+    lines, head = read_all(path, _RELEASES, seal, at_least=at_least, includes=includes)
+    return Verified(releases=[line.entry for line in lines], head=head)
 
 
-# The file
+# What a line holds
 
 
-def _create(path: Path) -> None:
-    """An empty file if there is none. Its name is durable when this returns, whoever made it.
-
-    A file that is not empty has had its first line from somebody who saw to that.
-    """
+def _release(plain: Any) -> Release:
+    """Strictly what `_plain` gives; ValueError says what is wrong with it."""
+    if not isinstance(plain, dict) or list(plain) != _FIELDS:
+        raise ValueError(f"does not have the fields of a release, which are {', '.join(_FIELDS)}")
+    event, unit, relation, of, job, round = plain.values()
+    if unit not in get_args(Unit) or relation not in get_args(Relation):
+        raise ValueError(f"has an unknown unit or relation: {unit!r:.40}, {relation!r:.40}")
+    if not (of is None or (isinstance(of, str) and of)) or not isinstance(job, str):
+        raise ValueError(f"has a site or a job that is no name: {of!r:.40}, {job!r:.40}")
+    if type(round) is not int or round < 0:
+        raise ValueError(f"has a round that is no number from 0: {round!r:.40}")
+    if not isinstance(event, dict):
+        raise ValueError(f"has an event that is no mapping: {event!r:.40}")
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        empty = os.fstat(file).st_size == 0
-        os.close(file)
-        if empty:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise BadLedger(
-            f"the ledger {path} cannot be begun: {error.strerror}; choose a folder that is there"
-        ) from error
+        _check_event(dumped(event))
+    except BadInput as error:
+        raise ValueError(f"has an event that cannot be accounted for: {error}") from error
+    return Release(**plain)
 
 
-@contextmanager
-def _held(path: Path, flags: int = os.O_RDWR | os.O_APPEND) -> Iterator[BinaryIO]:
-    """The file, with nobody else writing to it.
+@lru_cache(maxsize=1000)
+def _check_event(text: bytes) -> None:
+    """Once for all rounds that are alike."""
+    from_plain(json.loads(text))
 
-    It is opened each time, and nothing else is open in between: `flock` tells openings apart, be they of threads, of
-    other objects or of processes that have inherited this object.
-    """
+
+def checked(release: Release) -> Release:
+    """A release as it will be read back. Raises BadInput if that is something else, or cannot be accounted for."""
+    plain = _plain(release)
+    if isinstance(release.event, Mapping):
+        plain["event"] = dict(release.event)
     try:
-        file = os.fdopen(os.open(path, flags), "rb")
-    except FileNotFoundError:
-        raise BadLedger(f"there is no ledger {path}; {CURE}") from None
-    except OSError as error:
-        raise BadLedger(f"the ledger {path} cannot be opened: {error.strerror}; give the right to it") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_SH if flags == os.O_RDONLY else fcntl.LOCK_EX)
-        try:
-            yield file
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a process that was forked meanwhile
-
-
-def _append(path: Path, file: int, end: int, lines: Sequence[bytes]) -> None:
-    """Write lines after the first `end` bytes, durably, or leave the file as it was and raise FedeltaError."""
-    content = b"".join(line + b"\n" for line in lines)
+        text = dumped(plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"a release must consist of plain JSON values: {error}; see privacy/events.py") from error
     try:
-        if os.fstat(file).st_size > end:  # a torn line
-            os.ftruncate(file, end)
-            os.fsync(file)
-        if os.write(file, content) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file)
-    except OSError as error:
-        # After a failed sync nobody knows what the disk has: the line must not stay where others would build on it.
-        with suppress(OSError):
-            os.ftruncate(file, end)
-            os.fsync(file)
-        raise FedeltaError(
-            f"the ledger {path} cannot be written: {error.strerror}; nothing was recorded: mend that before anything "
-            "is released"
-        ) from error
+        kept = _release(json.loads(text))
+    except ValueError as error:
+        raise BadInput(f"a release {error}; see core/release.py") from error
+    if kept != release:
+        raise BadInput("a release must consist of plain JSON values, with lists and no tuples; see privacy/events.py")
+    return kept
 
 
-def _check_whole(path: Path, found: Sequence[Tip], at_least: int, includes: str | None) -> None:
-    if found[-1].lines < at_least:
-        raise BadLedger(f"{path} has {found[-1].lines} releases and must have at least {at_least}; {CURE}")
-    if includes is not None and all(tip.head != includes for tip in found):
-        raise BadLedger(f"{path} has no line with the hash {includes}, which was its last one once; {CURE}")
+def _plain(release: Release) -> dict[str, Any]:
+    return {name: getattr(release, name) for name in _FIELDS}
+
+
+_RELEASES = Kind(
+    format=b"fedelta privacy ledger 1\n",
+    file="ledger",
+    entry="release",
+    cure="put back a copy that has all lines, or release nothing more about these data: nobody can tell what was "
+    "released",
+    plain=_plain,
+    parse=_release,
+)

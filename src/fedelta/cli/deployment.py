@@ -1,0 +1,85 @@
+"""What `serve` and `join` share: whom they trust, what they log, and how they load the experiment."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from fedelta.core.extras import require
+
+if TYPE_CHECKING:
+    from fedelta.algorithms.federation import Federation
+    from fedelta.cli.experiment import Experiment
+    from fedelta.fleet.wire import Credentials
+
+Command = Callable[..., Any]
+
+_OPTIONS: tuple[Callable[[Command], Command], ...] = (
+    click.option(
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Replace a constant of the experiment."
+    ),
+    click.option(
+        "--certificates",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="FOLDER",
+        help="Certificate, key and authority of this party, as `fedelta ca issue` makes them.",
+    ),
+    click.option(
+        "--insecure",
+        is_flag=True,
+        help="Without TLS, on this machine alone: whoever reaches the port may be anybody. For a first try.",
+    ),
+)
+
+
+def deployment_options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def trusted(
+    certificates: Path | None, insecure: bool, purpose: Literal["site", "coordinator"]
+) -> "tuple[str | None, Credentials | None]":
+    """This party's name and what it shows in TLS, or neither. Raises UsageError unless it is one or the other."""
+    require("deployment", "grpc", "google")
+    if (certificates is None) != insecure:
+        raise click.UsageError(
+            "give --certificates with this party's folder; or --insecure, on this machine alone, to try things out"
+        )
+    if certificates is None:
+        click.echo("fedelta: --insecure: no TLS; any process of this machine may take part under any name", err=True)
+        return None, None
+    from fedelta.fleet.own_files import Party
+    from fedelta.fleet.wire import Credentials
+
+    party = Party.read(certificates, purpose)
+    return party.name, Credentials(root=party.root, chain=party.chain, key=party.key)
+
+
+def loaded(
+    path: Path, settings: tuple[str, ...], *, test: bool, rounds: int | None = None
+) -> "tuple[Experiment, Federation[Any]]":
+    """The experiment as every party of a deployment runs it.
+
+    Noise and samplings on which a guarantee rests come from the operating system, and sites are trained one by one.
+    """
+    from fedelta.cli.experiment import federated
+
+    experiment, federation = federated(path, settings, rounds=rounds, test=test)
+    entropy = federation.entropy if federation.privacy is None else "system"
+    return experiment, replace(federation, entropy=entropy, plan=federation.plan.plain)
+
+
+def log_to_stderr() -> None:
+    """One line for each thing that happens to a stream."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fedelta")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]  # of one command, where several run in a process
+    logger.propagate = False

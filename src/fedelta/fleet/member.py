@@ -1,0 +1,374 @@
+"""A site: it opens a stream to the coordinator, answers what it is asked, and comes back when the stream breaks.
+
+One request is worked on at a time, in a thread of its own; sites that share a process train one after the other, since
+PyTorch's random generator is the process's. A request is known by its digest: the same one again gets the stored
+reply, and is not answered a second time.
+
+With a folder, what must outlast the process is in it, for each run apart: the site's memory, which rounds it has worked
+on (Site.given), and its replies of the latest round. They survive `kill -9`; `given` a power cut as well.
+"""
+
+import asyncio
+import logging
+import queue
+import random
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedelta.core.digest import digest
+from fedelta.core.errors import BadInput, BadTensors
+from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.program import Program
+from fedelta.core.threads import intra_op_threads
+from fedelta.fleet import frames_pb2 as frames
+from fedelta.fleet.answer import Sites, answer
+from fedelta.fleet.kept import Kept, Stored
+from fedelta.fleet.loop import loop, wait
+from fedelta.fleet.remote import check_address, is_loopback
+from fedelta.fleet.wire import (
+    METHOD,
+    MOST_KNOWN,
+    PROTOCOL,
+    Credentials,
+    Incoming,
+    Outgoing,
+    Refused,
+    checked_size,
+    clean,
+    frame,
+    grpc,
+    parse,
+    replying,
+    request_of,
+    transport,
+    versions,
+)
+
+log = logging.getLogger(__name__)
+_TURN = threading.Lock()  # one site of a process works at a time
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, BadTensors, OSError)
+_AHEAD = 4  # requests that wait at a site; a coordinator sends the next one when nobody waits for the one before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a site waits, and what it takes."""
+
+    first_pause_s: float = 0.5  # before it comes back; doubled each time, and varied by half
+    longest_pause_s: float = 10.0
+    connect_s: float = 20.0  # for the coordinator to greet
+    keepalive_s: float = 20.0  # of silence before a connection is tried
+    message: int = 8 * 2**30  # bytes of a broadcast, and of what a request has besides
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if not getattr(self, one.name) > 0:
+                raise BadInput(f"Patience.{one.name} must be > 0, got {getattr(self, one.name)}")
+
+
+class Guards(Protocol):
+    """What stands between the coordinator and the site's data; it is asked in the thread that works."""
+
+    def refuse(self, request: Request) -> str | None:
+        """Why the site does not work on a request; None if it does."""
+        ...
+
+    def leaving(self, request: Request, reply: Reply) -> None:
+        """Take down a reply, durably, before it leaves, which it does not where this raises.
+
+        The message of BadInput leaves in its place; of any other error nothing does but that there was one.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One stream, from its welcome to its end."""
+
+    call: Any
+    outbox: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)  # digests of requests whose replies are due
+    begun: Any = None
+    parts: list[Incoming] = field(default_factory=list)  # of the request that comes in: shared and body
+    dropped: set[bytes] = field(default_factory=set)  # requests whose replies nobody waits for
+
+
+class Member:
+    """The site `name` of an experiment, to be run by `run`; `stop`, from another thread or a signal, ends it.
+
+    `at` is the coordinator's HOST:PORT. `credentials` None means no TLS, to a loopback address only. `folder` is made
+    where it is not there, and belongs to this site alone; None: everything ends with the process. `threads` is the
+    number of intra-op threads, as in Local.
+    """
+
+    def __init__(
+        self,
+        program: Program[Any],
+        site: Callable[[str], object],
+        name: PartyId,
+        *,
+        at: str,
+        credentials: Credentials | None,
+        folder: Path | None = None,
+        threads: int = 1,
+        guards: Guards | None = None,
+        patience: Patience = Patience(),
+    ) -> None:
+        if threads < 1:
+            raise BadInput(f"Member.threads must be >= 1, got {threads}")
+        check_address(at, credentials)
+        self._program, self._load, self._name = program, site, name
+        self._experiment = digest(program)
+        self._at, self._credentials = at, credentials
+        self._threads, self._guards, self._patience = threads, guards, patience
+        self._kept = Kept(folder)
+        self._sites: Sites | None = None
+        self._work: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # digests of requests, in their order
+        self._waiting: dict[bytes, Request] = {}  # those that were not begun
+        self._pending: set[bytes] = set()  # requests that wait, or are worked on
+        self._answers: dict[bytes, Stored] = {}  # of the latest round
+        self._stream: _Stream | None = None
+        self._stopped = asyncio.Event()
+
+    def run(self) -> str | None:
+        """Take part until the coordinator says why the run is over, or until `stop`: then None.
+
+        Raises Refused with the coordinator's reason where it does not let this site in.
+        """
+        worker = threading.Thread(target=self._worker, name=f"fedelta-site-{self._name}", daemon=True)
+        worker.start()
+        try:
+            return wait(self._stay())
+        finally:
+            self._work.put(None)
+            self._kept.close()
+
+    def stop(self) -> None:
+        """End `run`; what the site works on is given up."""
+        loop().call_soon_threadsafe(self._stopped.set)
+
+    # In the thread that works.
+
+    def _worker(self) -> None:
+        while (said := self._work.get()) is not None:
+            request = self._waiting.pop(said, None)
+            if request is None:  # it was cancelled
+                continue
+            stored = self._stored(said, request)
+            del request
+            loop().call_soon_threadsafe(self._answered, said, stored)
+
+    def _stored(self, said: bytes, request: Request) -> Stored:
+        """The reply to a request, which has been taken down and may leave."""
+        with _TURN:
+            reply = self._answer(request)
+        try:
+            message = Outgoing(reply.body, reply.meta)
+            if self._guards is not None:
+                self._guards.leaving(request, reply)
+            if reply.error is None:  # after it was taken down: what is stored is sent without asking again
+                self._kept.store(said, reply, request.job)
+        except Exception as error:
+            log.exception("the reply to %s was kept back", request.id)
+            why = str(error) if isinstance(error, BadInput) else "what would have left could not be taken down or kept"
+            reply, message = Reply.failure(request, why), Outgoing({})
+        return Stored(reply.answers, reply.round, request.job, reply.error, message)
+
+    def _answer(self, request: Request) -> Reply:
+        try:
+            why = None if self._guards is None else self._guards.refuse(request)
+            if why is not None:
+                log.warning("request %s is refused: %s", request.id, why)
+                return Reply.failure(request, why)
+            assert self._sites is not None
+            site = self._sites.of(request)
+            self._kept.recall(site)
+            try:
+                with intra_op_threads(self._threads):
+                    return answer(self._program, request, site)
+            finally:
+                self._kept.take_down(site)
+        except BaseException as error:  # of the program: whoever asked is told, and the site stays
+            log.exception("request %s failed", request.id)
+            return Reply.failure(request, f"a bug at the site ({type(error).__name__}); its log has the traceback")
+
+    # In the event loop.
+
+    async def _stay(self) -> str | None:
+        pause = self._patience.first_pause_s
+        while not self._stopped.is_set():
+            came = asyncio.create_task(self._visit())
+            stopped = asyncio.create_task(self._stopped.wait())
+            await asyncio.wait({came, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if not came.done():
+                came.cancel()
+                await asyncio.wait({came})
+                return None
+            try:
+                over = came.result()
+            except (*_BROKEN, asyncio.CancelledError) as error:  # the other side may have cancelled the call
+                details = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                log.warning("no connection to %s: %s", self._at, clean(details or type(error).__name__))
+                over = None
+            if over is not None:
+                return over
+            if self._stream is not None:  # it had been welcomed
+                self._stream, pause = None, self._patience.first_pause_s
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause * random.uniform(0.5, 1.5)):
+                    await self._stopped.wait()
+            pause = min(2 * pause, self._patience.longest_pause_s)
+        return None
+
+    async def _visit(self) -> str | None:
+        """One stream; returns why the run is over, or None where the stream broke. Raises Refused."""
+        options = transport(self._patience.keepalive_s)
+        if is_loopback(self._at.rpartition(":")[0]):
+            options.append(("grpc.enable_http_proxy", 0))
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(self._at, options=options)
+        else:
+            own = self._credentials
+            channel = grpc.aio.secure_channel(
+                self._at, grpc.ssl_channel_credentials(own.root, own.key, own.chain), options=options
+            )
+        async with channel:
+            call = channel.stream_stream(METHOD)()
+            hello = frames.Hello(
+                protocol=PROTOCOL,
+                name=self._name,
+                experiment=self._experiment,
+                versions=versions(),
+                known=self._known(),
+            )
+            async with asyncio.timeout(self._patience.connect_s):
+                await call.write(frame(hello))
+                welcome = await _next(call)
+            if isinstance(welcome, frames.Refused):
+                return self._heard(welcome)
+            if not isinstance(welcome, frames.Welcome) or welcome.protocol != PROTOCOL:
+                raise BadTensors(f"a coordinator begins with a Welcome of version {PROTOCOL}")
+            log.info("connected to %s", self._at)
+            self._enter(welcome.run)
+            self._stream = stream = _Stream(call)
+            writer = asyncio.create_task(self._write(stream))
+            try:
+                return await self._read(stream)
+            finally:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    def _heard(self, said: Any) -> str | None:
+        """Why the coordinator ended the stream; raises Refused if coming back would not help."""
+        reason = clean(said.reason)
+        if said.final:
+            raise Refused(reason)
+        log.warning("the coordinator ended the stream: %s", reason)
+        return None
+
+    def _known(self) -> list[bytes]:
+        """What need not be sent again: requests that are worked on, and those whose replies are here."""
+        kept = [said for said, stored in self._answers.items() if stored.error is None or not stored.sent]
+        return [*self._pending, *kept][-MOST_KNOWN:]
+
+    def _enter(self, run: str) -> None:
+        """Begin to take part in a run, or go on with it."""
+        if self._sites is not None and run == self._kept.run:
+            return
+        if self._pending:
+            raise OSError("this site still works on a request of another run")
+        self._answers = self._kept.enter(run)
+        self._sites = Sites(self._load, self._kept.memory)
+
+    async def _write(self, stream: _Stream) -> None:
+        while True:
+            said = await stream.outbox.get()
+            stored = self._answers.get(said)
+            if stored is None or said in stream.dropped:
+                continue
+            reply = Reply(sender=self._name, answers=stored.answers, round=stored.round, error=stored.error)
+            await stream.call.write(replying(reply, said, stored.message.size))
+            for chunk in stored.message.frames():
+                if said in stream.dropped:
+                    break
+                await stream.call.write(chunk)
+            else:
+                stored.sent = True
+
+    async def _read(self, stream: _Stream) -> str | None:
+        while True:
+            came = await _next(stream.call)
+            if came is None:
+                return None
+            if isinstance(came, memoryview):
+                if not stream.parts:
+                    raise BadTensors("a chunk came that belongs to no request")
+                first, second = stream.parts
+                (second if first.complete else first).add(came)
+            elif isinstance(came, frames.Request):
+                self._begin(stream, came)
+            elif isinstance(came, frames.Again):
+                self._wanted(stream, came.digest)
+            elif isinstance(came, frames.Cancel):
+                stream.dropped.add(came.digest)
+                if self._waiting.pop(came.digest, None) is not None:
+                    self._pending.discard(came.digest)
+            elif isinstance(came, frames.Over):
+                return clean(came.reason) or "the run is over"
+            elif isinstance(came, frames.Refused):
+                return self._heard(came)
+            else:
+                raise BadTensors(f"a {type(came).__name__} came in the middle of a stream")
+            if stream.parts and all(part.complete for part in stream.parts):
+                self._complete(stream)
+
+    def _begin(self, stream: _Stream, begun: Any) -> None:
+        most = self._patience.message
+        if begun.to != self._name:
+            raise BadTensors(f"a request for {clean(begun.to)!r} came to {self._name!r}")
+        sizes = checked_size("a broadcast", begun.shared, most), checked_size("a request", begun.body, most)
+        stream.begun = begun
+        stream.parts = [Incoming(size) for size in sizes]
+
+    def _complete(self, stream: _Stream) -> None:
+        begun, (shared, _), (body, meta) = stream.begun, *(part.read() for part in stream.parts)
+        stream.begun, stream.parts = None, []
+        stream.dropped.discard(begun.digest)
+        stored = self._answers.get(begun.digest)
+        if begun.digest in self._pending or (stored is not None and (stored.error is None or not stored.sent)):
+            self._wanted(stream, begun.digest)
+            return
+        if len(self._pending) >= _AHEAD:
+            raise BadTensors(f"{len(self._pending)} requests wait already, and a site takes one at a time")
+        self._pending.add(begun.digest)
+        self._waiting[begun.digest] = request_of(begun, shared, body, meta)
+        self._work.put(begun.digest)
+
+    def _wanted(self, stream: _Stream, said: bytes) -> None:
+        """Send a reply that is here; one that is worked on is sent when it is there."""
+        stream.dropped.discard(said)
+        if said in self._answers:
+            stream.outbox.put_nowait(said)
+        elif said not in self._pending:
+            raise BadTensors("the coordinator asked again what this site does not know")
+
+    def _answered(self, said: bytes, stored: Stored) -> None:
+        self._pending.discard(said)
+        latest = {(one.job, one.round) for one in self._answers.values()}
+        if latest - {(stored.job, stored.round)}:
+            self._answers.clear()
+        self._answers[said] = stored
+        if self._stream is not None:
+            self._stream.outbox.put_nowait(said)
+
+
+async def _next(call: Any) -> Any:
+    """The next frame, or None at the end of the stream."""
+    raw = await call.read()
+    if raw is grpc.aio.EOF:
+        return None
+    return parse(raw)

@@ -1,0 +1,232 @@
+"""The coordinator's end of a site's stream, and the requests that wait for the site; all of it in one event loop.
+
+A place is a registered site, connected or not. A session is one stream of it: the writer sends the first request of the
+place and then waits until it is over, the reader puts replies together. When a stream breaks, the request stays where
+it is and the next session sends it again.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedelta.core.errors import BadTensors
+from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.fleet import frames_pb2 as frames
+from fedelta.fleet.wire import Incoming, Outgoing, announced, checked_size, clean, frame, grpc, parse, sendable
+
+log = logging.getLogger(__name__)
+_FAREWELL_S = 2.0  # for the last frame of a stream
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An outstanding request."""
+
+    request: Request
+    shared: Outgoing
+    body: Outgoing
+    digest: bytes
+    asked: float | None = None  # since when it is the first of its site's; seconds of the monotonic clock
+    over: bool = False  # answered, failed or withdrawn
+    answered: bool = False  # by its site
+    held: int = 0  # bytes of memory that its reply takes
+
+    @property
+    def announcement(self) -> bytes:
+        return announced(self.request, self.digest, self.shared.size, self.body.size)
+
+
+class Room(Protocol):
+    """Where replies are put together."""
+
+    def incoming(self, ticket: Ticket, size: int) -> Incoming: ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Place:
+    """A registered site."""
+
+    name: PartyId
+    left: float  # since when it is not connected, where it is not
+    finish: Callable[[Ticket, Reply], None]  # a ticket of this place has its reply
+    queue: deque[Ticket] = field(default_factory=deque)
+    session: "Session | None" = None
+    faults: int = 0  # streams in a row that ended with what the site must not send
+
+    @property
+    def head(self) -> Ticket | None:
+        return self.queue[0] if self.queue else None
+
+    def add(self, ticket: Ticket) -> None:
+        if not ticket.over:  # withdrawn before it came here
+            self.queue.append(ticket)
+            self._moved()
+
+    def end(self, ticket: Ticket, reply: Reply | None) -> None:
+        """A ticket has its reply, or nobody waits for one."""
+        ticket.over = True
+        if ticket in self.queue:
+            self.queue.remove(ticket)
+        if reply is not None:
+            self.finish(ticket, reply)
+        self._moved()
+
+    def fail(self, ticket: Ticket, why: str) -> None:
+        self.end(ticket, Reply.failure(ticket.request, why))
+
+    def _moved(self) -> None:
+        if self.queue and self.queue[0].asked is None:
+            self.queue[0].asked = time.monotonic()
+        if self.session is not None:
+            self.session.wake.set()
+
+
+class Session:
+    """One stream of a place, from its welcome to its end."""
+
+    def __init__(self, place: Place, context: Any, room: Room, most: int, hello: Any, certificate: bytes) -> None:
+        """`most`: bytes of a reply; `certificate`: DER, empty without TLS."""
+        self.place = place
+        self.certificate = certificate
+        self.wake = asyncio.Event()
+        self.heard = self.moved = time.monotonic()  # the last frame that came; that was taken by the other side
+        self.writing = False
+        self._context = context
+        self._room = room
+        self._most = most
+        self._known = set(hello.known)
+        self._sent: Ticket | None = None
+        self._reply: tuple[Any, Ticket | None, Incoming] | None = None
+        self._last: bytes | None = None
+        self._ended = asyncio.Event()
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a reply has begun to come and is not complete."""
+        return self._reply is not None
+
+    def end(self, reason: str, *, final: bool = False, over: bool = False) -> None:
+        """End the stream with a sentence; `final`: the site need not come back, `over`: because all is done."""
+        if self._last is None:
+            what = (
+                frames.Over(reason=sendable(reason)) if over else frames.Refused(reason=sendable(reason), final=final)
+            )
+            self._last = frame(what)
+            self._ended.set()
+            self.wake.set()
+
+    async def run(self) -> None:
+        """Until the site goes or `end` is called; what it must not send, or cannot be kept, ends the stream."""
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._write())
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait({reader, writer, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and not reader.cancelled():
+                self._fault(reader.exception())
+            if self._last is not None:
+                await asyncio.wait({writer}, timeout=_FAREWELL_S)
+        finally:
+            for task in (reader, writer, ended):
+                task.cancel()
+            await asyncio.gather(reader, writer, ended, return_exceptions=True)
+            if self._reply is not None:
+                self._reply[2].close()
+
+    def _fault(self, error: BaseException | None) -> None:
+        """Why the reader has ended; noted before anything is awaited, since the site may be gone by then."""
+        if isinstance(error, BadTensors):
+            self.place.faults += 1
+            why = f"what it sent is not what a site sends: {error}"
+        elif isinstance(error, OSError | MemoryError):
+            why = f"its reply could not be kept at the coordinator: {error}"
+        else:
+            return
+        log.warning("site %s: %s", self.place.name, why)
+        if self._sent is not None and not self._sent.over:
+            self.place.fail(self._sent, why)
+        self.end(why)
+
+    async def _send(self, raw: bytes) -> None:
+        self.writing, self.moved = True, time.monotonic()
+        await self._context.write(raw)
+        self.writing = False
+
+    async def _write(self) -> None:
+        while self._last is None:
+            head, sent = self.place.head, self._sent
+            if sent is not None and sent.over:
+                self._sent = None
+                if not sent.answered:  # nobody waits for its reply
+                    await self._send(frame(frames.Cancel(digest=sent.digest)))
+            elif head is not None and sent is None:
+                self._sent = head
+                await self._ask(head)
+            else:
+                self.wake.clear()
+                await self.wake.wait()
+        await self._send(self._last)
+
+    async def _ask(self, ticket: Ticket) -> None:
+        if ticket.digest in self._known:
+            self._known.remove(ticket.digest)
+            await self._send(frame(frames.Again(digest=ticket.digest)))
+            return
+        await self._send(ticket.announcement)
+        for message in (ticket.shared, ticket.body):
+            for chunk in message.frames():
+                if ticket.over or self._last is not None:
+                    return
+                await self._send(chunk)
+
+    async def _read(self) -> None:
+        while True:
+            raw = await self._context.read()
+            if raw is grpc.aio.EOF:
+                return
+            self.heard = time.monotonic()
+            came = parse(raw)
+            if isinstance(came, frames.Reply):
+                self._begin(came)
+            elif isinstance(came, memoryview):
+                if self._reply is None:
+                    raise BadTensors("a chunk came that belongs to no reply")
+                self._reply[2].add(came)
+            else:
+                raise BadTensors(f"a {type(came).__name__} came in the middle of a stream")
+            if self._reply is not None and self._reply[2].complete:
+                self._complete(*self._reply)
+                self._reply = None
+
+    def _begin(self, begun: Any) -> None:
+        if self._reply is not None:
+            self._reply[2].close()
+            self._reply = None
+        ticket = self._sent
+        if ticket is None or ticket.over or ticket.digest != begun.digest:
+            log.info("site %s: a reply that nobody waits for was dropped", self.place.name)
+            self._reply = begun, None, Incoming(checked_size("a reply", begun.body, self._most), drop=True)
+            return
+        asked = ticket.request
+        if (begun.answers, begun.round) != (asked.id, asked.round):
+            raise BadTensors(f"a reply says that it answers {clean(begun.answers)!r}, and {asked.id!r} was asked")
+        if begun.failed and (begun.body or not begun.error):
+            raise BadTensors("a reply that says it failed has a body, or no reason")
+        size = checked_size("a reply", begun.body, self._most)
+        self._reply = begun, ticket, self._room.incoming(ticket, size)
+
+    def _complete(self, begun: Any, ticket: Ticket | None, message: Incoming) -> None:
+        if ticket is None or ticket.over:
+            message.close()
+            return
+        body, meta = message.read()
+        self.place.faults, ticket.answered = 0, True
+        error = clean(begun.error) if begun.failed else None
+        asked = ticket.request
+        self.place.end(
+            ticket, Reply(sender=asked.to, answers=asked.id, round=asked.round, body=body, meta=meta, error=error)
+        )

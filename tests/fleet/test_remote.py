@@ -1,0 +1,618 @@
+"""What networks, machines and strangers do to a fleet whose sites are elsewhere."""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from fedelta.core.errors import BadInput
+from fedelta.core.messages import Reply, Request
+from fedelta.core.program import Fleet, Site
+from fedelta.fleet import frames_pb2 as frames
+from fedelta.fleet.member import Patience
+from fedelta.fleet.remote import Limits, Remote
+from fedelta.fleet.wire import CHUNK, METHOD, PROTOCOL, Outgoing, Refused, frame, parse, versions
+from fleet_program import Play, load
+from remote_sites import Authority, authority, coordinator, far, issued, site
+
+LARGE = {"w": torch.arange(2 * CHUNK, dtype=torch.float32)}  # 8 MiB: more than what lies in the buffers on the way
+SMALL = {"w": torch.arange(5.0)}
+
+
+def ask(fleet: Fleet, to: str, op: str, **parts: Any) -> Reply:
+    fleet.submit(Request(to=to, op=op, **({"round": 1} | parts)))
+    reply = fleet.next_reply(30)
+    assert isinstance(reply, Reply)
+    return reply
+
+
+class Counting(Play):
+    """Notes every request that it handles."""
+
+    handled: list[str]
+
+    def __new__(cls, *_: Any, **__: Any) -> "Counting":
+        made = super().__new__(cls)
+        object.__setattr__(made, "handled", [])
+        return made
+
+    def handle(self, request: Request, site: Site) -> Reply:
+        self.handled.append(request.id)
+        return super().handle(request, site)
+
+    def once(self, request: Request, site: Site) -> Reply:
+        """Work on each round only once, as what must not be answered twice does."""
+        if site.given.get("once", -1) >= request.round:
+            raise BadInput("this round was answered before")
+        site.given["once"] = request.round
+        return Reply.to_request(request, {"x": torch.rand(3, generator=torch.Generator().manual_seed(request.round))})
+
+
+class Proxy:
+    """Passes bytes on between sites and a coordinator, until it is told to cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.limits: dict[str, int] = {}  # direction -> bytes until both ends are closed, once
+        self.connections = 0
+        self._open: list[socket.socket] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self.connections += 1
+                self._open += [near, far]
+                for way, one, other in (("up", near, far), ("down", far, near)):
+                    threading.Thread(target=self._pass, args=(way, one, other), daemon=True).start()
+
+    def _pass(self, way: str, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                if way in self.limits:
+                    self.limits[way] -= len(data)
+                    if self.limits[way] < 0:
+                        del self.limits[way]
+                        break
+                other.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for end in self._open:
+            with contextlib.suppress(OSError):  # it is closed already
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
+        for end in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@contextmanager
+def proxied(program: Play, **options: Any) -> Iterator[tuple[Remote, Proxy]]:
+    """A coordinator with the site "amber" behind a proxy."""
+    with coordinator(program, ("amber", "birch"), **options) as fleet:
+        proxy = Proxy(fleet.port)
+        try:
+            with site(program, load, "amber", proxy.port):
+                assert fleet.wait_for(1, 20)
+                yield fleet, proxy
+        finally:
+            proxy.close()
+
+
+def test_a_stream_that_is_cut_in_the_middle_of_a_request_is_taken_up_again() -> None:
+    program = Counting()
+    with proxied(program) as (fleet, proxy):
+        proxy.limits["down"] = 3 * CHUNK
+        reply = ask(fleet, "amber", "echo", shared=LARGE)
+        assert reply.error is None
+        assert torch.equal(reply.body["shared/w"], LARGE["w"])
+        assert proxy.connections == 2
+    assert program.handled == ["/1/echo/0/amber"]
+
+
+def test_a_stream_that_is_cut_in_the_middle_of_a_reply_gets_the_stored_reply() -> None:
+    program = Counting()
+    with proxied(program) as (fleet, proxy):
+        proxy.limits["up"] = 3 * CHUNK
+        reply = ask(fleet, "amber", "echo", shared=LARGE)
+        assert torch.equal(reply.body["shared/w"], LARGE["w"])
+        assert proxy.connections == 2
+        assert ask(fleet, "amber", "echo", round=2).error is None
+        assert fleet.next_reply() is None
+    assert program.handled == ["/1/echo/0/amber", "/2/echo/0/amber"]  # not worked on twice
+
+
+def test_a_site_that_works_when_the_stream_breaks_goes_on(tmp_path: Path) -> None:
+    program = Counting()
+    with proxied(program) as (fleet, proxy):
+        fleet.submit(Request(to="amber", op="wait", round=1, meta={"folder": str(tmp_path)}))
+        until(lambda: (tmp_path / "begun").exists())
+        proxy.cut()
+        until(lambda: proxy.connections == 2)
+        (tmp_path / "go").touch()
+        reply = fleet.next_reply(30)
+        assert isinstance(reply, Reply)
+        assert reply.error is None
+    assert len(program.handled) == 1
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came about")
+
+
+def test_a_site_that_restarts_has_its_memory_and_does_not_answer_a_round_twice(tmp_path: Path) -> None:
+    program = Counting()
+    with coordinator(program, ("amber",), run="r") as fleet:
+        with site(program, load, "amber", fleet.port, folder=tmp_path):
+            first = [ask(fleet, "amber", "count", round=n, base=n - 1 if n > 1 else -1) for n in (1, 2)]
+            given = ask(fleet, "amber", "once", round=3)
+        with site(program, load, "amber", fleet.port, folder=tmp_path):
+            again = ask(fleet, "amber", "once", round=3)  # the same request: the same reply
+            other = ask(fleet, "amber", "once", round=3, attempt=1)
+            third = ask(fleet, "amber", "count", round=4, base=2)
+    assert [int(reply.body["asked"]) for reply in (*first, third)] == [1, 2, 3]
+    assert torch.equal(again.body["x"], given.body["x"])
+    assert other.error == "this round was answered before"
+    assert program.handled.count("/3/once/0/amber") == 1
+    with (  # what a site keeps belongs to one run
+        coordinator(program, ("amber",), run="another") as fleet,
+        site(program, load, "amber", fleet.port, folder=tmp_path),
+    ):
+        assert ask(fleet, "amber", "once", round=3).error is None
+
+
+def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
+    with coordinator(Play(), ("amber", "birch")) as fleet, site(Play(), load, "amber", fleet.port, folder=tmp_path):
+        assert fleet.wait_for(1, 20)
+        assert ask(fleet, "amber", "echo").error is None
+        with site(Play(), load, "birch", fleet.port, folder=tmp_path) as second:
+            assert isinstance(second.result(), BadInput)
+
+
+def test_a_coordinator_that_comes_back_finds_its_sites_again() -> None:
+    program = Counting()
+    with coordinator(program, ("amber",)) as fleet:
+        port = fleet.port
+        with site(program, load, "amber", port) as running:
+            assert ask(fleet, "amber", "echo").error is None
+            fleet.close()
+            with coordinator(program, ("amber",), listen=f"127.0.0.1:{port}") as second:
+                assert ask(second, "amber", "echo").error is None  # the same request of a run that is resumed
+                second.close(over="all rounds are done")
+                assert running.result() == "all rounds are done"
+    assert len(program.handled) == 1
+
+
+def test_who_does_not_answer_in_time_and_who_does_not_come_is_absent(tmp_path: Path) -> None:
+    limits = Limits(deadline_s=0.5, absence_s=0.3)
+    with coordinator(Play(), ("amber", "birch"), limits=limits) as fleet, site(Play(), load, "amber", fleet.port):
+        assert fleet.wait_for(1, 20)
+        late = ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)})
+        assert late.error == "it did not answer within 0.5 s"
+        (tmp_path / "go").touch()  # its reply is late, and dropped
+        assert ask(fleet, "amber", "echo", round=2).error is None
+        assert fleet.next_reply() is None
+        assert "not been connected for 0.3 s" in str(ask(fleet, "birch", "echo").error)
+        assert fleet.connected() == ("amber",)
+        assert fleet.parties() == ("amber", "birch")
+
+
+def test_requests_that_nobody_waits_for_are_not_begun(tmp_path: Path) -> None:
+    program = Counting()
+    with (
+        coordinator(program, ("amber",), limits=Limits(deadline_s=0.3)) as fleet,
+        site(program, load, "amber", fleet.port),
+    ):
+        assert ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)}).error is not None
+        for attempt in range(6):
+            assert ask(fleet, "amber", "echo", attempt=attempt).error is not None
+        (tmp_path / "go").touch()
+        until(lambda: ask(fleet, "amber", "echo", round=2).error is None)
+        assert ask(fleet, "amber", "echo", attempt=0).error is None  # asked anew
+    begun = [id for id in program.handled if "/1/" in id]
+    assert begun == ["/1/wait/0/amber", "/1/echo/0/amber"]
+
+
+def test_a_site_is_asked_when_it_comes() -> None:
+    with coordinator(Play(), ("amber",)) as fleet:
+        fleet.submit(Request(to="amber", op="echo", round=1))
+        assert fleet.next_reply(0.1) is None
+        assert not fleet.wait_for(1, 0.1)
+        with site(Play(), load, "amber", fleet.port):
+            reply = fleet.next_reply(20)
+        assert isinstance(reply, Reply)
+        assert reply.error is None
+
+
+def test_a_bug_at_a_site_is_a_failure_that_does_not_tell_of_its_data(caplog: pytest.LogCaptureFixture) -> None:
+    with far(Play(), load, ("amber",)) as fleet:
+        for op, meta, said in [
+            ("bug", {}, "KeyError"),
+            ("leave", {}, "SystemExit"),
+            ("stray", {}, "RuntimeError"),
+            ("unsendable", {"kind": "sparse"}, "RuntimeError"),
+        ]:
+            error = ask(fleet, "amber", op, meta=meta).error
+            assert error == f"a bug at the site ({said}); its log has the traceback"
+        assert ask(fleet, "amber", "overwrite", shared={"vector": torch.zeros(3)}).error is not None
+        assert ask(fleet, "amber", "echo", round=2).error is None
+    assert "not what was meant" in caplog.text
+
+
+class Guarding:
+    """Lets nothing be asked after round 1, no counts leave, and cannot write down the largest of replies."""
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+
+    def refuse(self, request: Request) -> str | None:
+        return "not on my watch" if request.round > 1 else None
+
+    def leaving(self, request: Request, reply: Reply) -> None:
+        if request.op == "count":
+            raise BadInput("counts stay here")
+        if request.shared:
+            raise OSError(28, "no space left for patient 7")
+        self.left.append(request.id)
+
+
+def test_a_site_refuses_and_takes_down_what_leaves(tmp_path: Path) -> None:
+    guards = Guarding()
+    with (
+        coordinator(Play(), ("amber",)) as fleet,
+        site(Play(), load, "amber", fleet.port, guards=guards, folder=tmp_path),
+    ):
+        assert ask(fleet, "amber", "echo", body=SMALL).error is None
+        assert ask(fleet, "amber", "echo", round=2).error == "not on my watch"
+        kept = ask(fleet, "amber", "count")
+        full = ask(fleet, "amber", "echo", attempt=1, shared=LARGE)
+    assert kept.error == "counts stay here"
+    assert not kept.body
+    assert full.error == "what would have left could not be taken down or kept"
+    assert guards.left == ["/1/echo/0/amber", "/2/echo/0/amber"]
+    assert len(list(tmp_path.glob("*/replies/?*"))) == 1  # of round 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"program": replace(Play(), rounds=4)}, "amber has another experiment: "),
+        ({"name": "fir"}, "'fir' is not a registered site"),
+        ({"name": "birch", "credentials": issued("amber")}, "calls itself 'birch', and its certificate is of 'amber'"),
+        ({"name": "cedar"}, "cedar was struck off"),
+    ],
+)
+def test_who_does_not_belong_is_refused_on_both_sides(
+    changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def allowed(name: str, _certificate: bytes) -> str | None:
+        return "cedar was struck off" if name == "cedar" else None
+
+    given = {"program": Play(), "name": "amber"} | changes
+    with (
+        coordinator(Play(), ("amber", "birch", "cedar"), allowed=allowed) as fleet,
+        site(given.pop("program"), load, given.pop("name"), fleet.port, **given) as running,
+    ):
+        outcome = running.result()
+    assert isinstance(outcome, Refused)
+    assert why in str(outcome)
+    assert why in caplog.text
+
+
+def test_versions_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedelta.fleet.member.versions", lambda: versions() | {"torch": "1.0"})
+    with coordinator(Play(), ("amber",)) as fleet, site(Play(), load, "amber", fleet.port) as running:
+        assert "amber has torch 1.0 and the coordinator 2" in str(running.result())
+
+
+def test_a_site_that_is_struck_off_has_to_leave() -> None:
+    struck: list[str] = []
+    seen: list[bytes] = []
+
+    def allowed(name: str, certificate: bytes) -> str | None:
+        seen.append(certificate)
+        return "its certificate was revoked" if name in struck else None
+
+    limits = Limits(check_s=0.1)
+    with coordinator(Play(), ("amber",), allowed=allowed, limits=limits) as fleet:
+        with site(Play(), load, "amber", fleet.port) as running:
+            assert fleet.wait_for(1, 20)
+            struck.append("amber")
+            assert str(running.result()) == "its certificate was revoked"
+        until(lambda: not fleet.connected())
+    from cryptography import x509
+
+    named = x509.load_der_x509_certificate(seen[0]).subject.rfc4514_string()
+    assert named == "CN=amber"
+    assert set(seen) == {seen[0]}
+
+
+def test_a_certificate_of_another_authority_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    stranger = replace(Authority().issue("amber"), root=authority().root)
+    with coordinator(Play(), ("amber",)) as fleet, site(Play(), load, "amber", fleet.port, credentials=stranger):
+        until(lambda: "no connection to" in caplog.text)
+        assert not fleet.connected()
+
+
+def test_the_second_process_of_a_name_takes_the_place_of_the_first() -> None:
+    with coordinator(Play(), ("amber",)) as fleet, site(Play(), load, "amber", fleet.port) as first:
+        assert fleet.wait_for(1, 20)
+        with site(Play(), load, "amber", fleet.port):
+            assert "takes its place" in str(first.result())
+            assert ask(fleet, "amber", "echo").error is None
+
+
+class Rogue:
+    """A site that sends what it likes."""
+
+    def __init__(self, port: int, name: str, known: Sequence[bytes] = ()) -> None:
+        own = issued(name)
+        credentials = grpc.ssl_channel_credentials(own.root, own.key, own.chain)
+        options = [("grpc.max_send_message_length", -1)]
+        self._channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options)
+        self._out: list[bytes] = []
+        self._more = threading.Condition()
+        self._closed = False
+        self._call = self._channel.stream_stream(METHOD)(self._frames())
+        self.name = name
+        self.known = known
+
+    def hello(self, program: Play) -> "Rogue":
+        from fedelta.core.digest import digest
+
+        self.send(
+            frame(
+                frames.Hello(
+                    protocol=PROTOCOL,
+                    name=self.name,
+                    experiment=digest(program),
+                    versions=versions(),
+                    known=self.known,
+                )
+            )
+        )
+        return self
+
+    def send(self, *raw: bytes) -> None:
+        with self._more:
+            self._out += raw
+            self._more.notify()
+
+    def _frames(self) -> Iterator[bytes]:
+        while True:
+            with self._more:
+                self._more.wait_for(lambda: self._out or self._closed)
+                if not self._out:
+                    return
+                raw = self._out.pop(0)
+            yield raw
+
+    def next(self, kind: type) -> Any:
+        """The next frame of a kind; others are passed over."""
+        for raw in self._call:
+            came = parse(raw)
+            if isinstance(came, kind):
+                return came
+        return None
+
+    def close(self) -> None:
+        with self._more:
+            self._closed = True
+            self._more.notify()
+        self._call.cancel()
+        self._channel.close()
+
+
+@contextmanager
+def rogue(fleet: Remote, program: Play) -> Iterator[Rogue]:
+    one = Rogue(fleet.port, "amber")
+    try:
+        yield one.hello(program)
+    finally:
+        one.close()
+
+
+def answer_to(asked: Any, **changes: Any) -> bytes:
+    id = f"{asked.job}/{asked.round}/{asked.op}/{asked.attempt}/{asked.to}"
+    return frame(frames.Reply(**({"digest": asked.digest, "answers": id, "round": asked.round} | changes)))
+
+
+NAN = Outgoing({"w": torch.tensor([float("nan")])})
+GARBAGE: dict[str, tuple[Callable[[Any], list[bytes]], str]] = {
+    "bytes": (lambda _asked: [b"\xff\xfe\xfd"], "unknown kind"),
+    "a frame of the other side": (lambda _asked: [frame(frames.Over(reason="x"))], "in the middle of a stream"),
+    "a chunk of nothing": (lambda _asked: [b"\x06abc"], "belongs to no reply"),
+    "a reply to another round": (lambda asked: [answer_to(asked, round=9)], "says that it answers"),
+    "10 GB": (lambda asked: [answer_to(asked, body=10**10)], "10000000000 bytes is announced"),
+    "more than announced": (lambda asked: [answer_to(asked, body=10), b"\x06" + bytes(11)], "announced with 10"),
+    "no tensors": (lambda asked: [answer_to(asked, body=10), b"\x06" + bytes(10)], "not a JSON object"),
+    "a large frame": (lambda _asked: [bytes(3 * CHUNK)], ""),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_a_site_that_sends_garbage_is_dropped_with_the_reason_and_others_go_on(kind: str) -> None:
+    program = Play()
+    make, why = GARBAGE[kind]
+    limits = Limits(absence_s=0.2)
+    with (
+        coordinator(program, ("amber", "birch"), limits=limits) as fleet,
+        rogue(fleet, program) as bad,
+        site(program, load, "birch", fleet.port),
+    ):
+        assert fleet.wait_for(2, 20)
+        fleet.submit(Request(to="amber", op="echo", round=1))
+        bad.send(*make(bad.next(frames.Request)))
+        reply = fleet.next_reply(20)
+        assert isinstance(reply, Reply)
+        assert reply.error is not None
+        assert why in reply.error
+        if why:
+            assert why in bad.next(frames.Refused).reason
+        assert ask(fleet, "birch", "echo", body=SMALL).error is None
+
+
+def test_a_site_that_breaks_the_protocol_again_and_again_is_shut_out() -> None:
+    program = Play()
+    with coordinator(program, ("amber",), limits=Limits(faults=2)) as fleet:
+        for _ in range(2):
+            with rogue(fleet, program) as bad:
+                assert bad.next(frames.Welcome) is not None
+                bad.send(b"\xff")
+                assert not bad.next(frames.Refused).final
+        with rogue(fleet, program) as bad:
+            said = bad.next(frames.Refused)
+            assert said.final
+            assert "broke the protocol 2 times" in said.reason
+
+
+def test_who_does_not_greet_is_refused() -> None:
+    with coordinator(Play(), ("amber",), limits=Limits(stall_s=0.3)) as fleet:
+        for raw, why in {
+            b"\xff": "unknown kind",
+            frame(frames.Over()): "begins with a Hello",
+            b"": "no greeting",
+        }.items():
+            silent = Rogue(fleet.port, "amber")
+            if raw:
+                silent.send(raw)
+            assert why in silent.next(frames.Refused).reason
+            silent.close()
+        with rogue(fleet, Play()) as good:
+            assert good.next(frames.Welcome) is not None
+
+
+def test_duplicated_replies_and_replies_to_nothing_are_dropped() -> None:
+    program = Play()
+    message = Outgoing(SMALL)
+    with coordinator(program, ("amber",)) as fleet, rogue(fleet, program) as twice:
+        fleet.submit(Request(to="amber", op="echo", round=1))
+        asked = twice.next(frames.Request)
+        whole = [answer_to(asked, body=message.size), *message.frames()]
+        unknown = [answer_to(asked, digest=bytes(32), answers="what", body=message.size), *message.frames()]
+        twice.send(*unknown, *whole, *whole, *whole[:1])
+        reply = fleet.next_reply(20)
+        assert isinstance(reply, Reply)
+        assert torch.equal(reply.body["w"], SMALL["w"])
+        assert fleet.next_reply(0.1) is None
+        fleet.submit(Request(to="amber", op="echo", round=2))
+        asked = twice.next(frames.Request)
+        twice.send(*whole, answer_to(asked))
+        second = fleet.next_reply(20)
+        assert isinstance(second, Reply)
+        assert (second.round, dict(second.body)) == (2, {})
+
+
+def test_a_request_that_the_site_knows_is_not_sent_again() -> None:
+    program = Play()
+    with coordinator(program, ("amber",)) as fleet:
+        fleet.submit(Request(to="amber", op="echo", round=1, shared=LARGE))
+        with rogue(fleet, program) as first:
+            asked = first.next(frames.Request)
+        second = Rogue(fleet.port, "amber", known=[asked.digest]).hello(program)
+        assert second.next(frames.Again).digest == asked.digest
+        second.send(answer_to(asked))
+        assert fleet.next_reply(20) is not None
+        second.close()
+
+
+def test_a_site_is_told_that_nobody_waits_any_more() -> None:
+    program = Play()
+    with coordinator(program, ("amber",)) as fleet, rogue(fleet, program) as one:
+        request = Request(to="amber", op="echo", round=1)
+        fleet.submit(request)
+        asked = one.next(frames.Request)
+        fleet.cancel(request.id)
+        assert one.next(frames.Cancel).digest == asked.digest
+        assert fleet.next_reply() is None
+
+
+def test_a_stream_that_stands_still_is_given_up() -> None:
+    program = Play()
+    with (
+        coordinator(program, ("amber",), limits=Limits(stall_s=0.5, absence_s=0.2)) as fleet,
+        rogue(fleet, program) as slow,
+    ):
+        fleet.submit(Request(to="amber", op="echo", round=1))
+        slow.send(answer_to(slow.next(frames.Request), body=100), b"\x06" + bytes(50))
+        assert "nothing moved for 0.5 s" in slow.next(frames.Refused).reason
+        reply = fleet.next_reply(20)
+        assert isinstance(reply, Reply)
+        assert reply.error == "it has not been connected for 0.2 s"
+
+
+def test_replies_for_which_there_is_no_room_in_memory_lie_in_files(tmp_path: Path) -> None:
+    names = ("amber", "birch", "cedar")
+    with far(Play(), load, names, limits=Limits(room=1000), spill=tmp_path) as fleet:
+        for name in names:
+            fleet.submit(Request(to=name, op="echo", round=1, shared=LARGE))
+        until(lambda: len(fleet._arrived) == 3)  # type: ignore[attr-defined]
+        replies = [fleet.next_reply() for _ in names]
+    for reply in replies:
+        assert isinstance(reply, Reply)
+        assert torch.equal(reply.body["shared/w"], LARGE["w"])
+
+
+def test_without_tls_there_is_only_this_machine(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        coordinator(Play(), ("amber",), credentials=None) as fleet,
+        site(Play(), load, "amber", fleet.port, credentials=None),
+    ):
+        assert ask(fleet, "amber", "echo").error is None
+    with pytest.raises(BadInput, match="without TLS"):
+        coordinator(Play(), ("amber",), credentials=None, listen="0.0.0.0:0")
+    for wrong in ("127.0.0.1", "127.0.0.1:99999", ":7"):
+        with pytest.raises(BadInput, match="not HOST:PORT"):
+            coordinator(Play(), ("amber",), listen=wrong)
+
+
+def test_a_port_that_is_taken_and_limits_that_are_none_are_refused(tmp_path: Path) -> None:
+    with coordinator(Play(), ("amber",)) as fleet, pytest.raises(BadInput, match="nothing can listen at"):
+        coordinator(Play(), ("amber",), listen=f"127.0.0.1:{fleet.port}")
+    with pytest.raises(BadInput, match=r"Limits\.deadline_s must be > 0"):
+        Limits(deadline_s=0)
+    with pytest.raises(BadInput, match=r"Patience\.connect_s must be > 0"):
+        Patience(connect_s=-1)
+    with pytest.raises(BadInput, match="must be a folder"):
+        coordinator(Play(), ("amber",), spill=tmp_path / "nothing")
+
+
+def test_a_fleet_that_is_closed_takes_nothing() -> None:
+    fleet = coordinator(Play(), ("amber",))
+    fleet.close()
+    fleet.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        fleet.submit(Request(to="amber", op="echo", round=1))
+
+
+def test_joining_and_leaving_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), coordinator(Play(), ("amber",)) as fleet:
+        with site(Play(), load, "amber", fleet.port):
+            assert fleet.wait_for(1, 20)
+        until(lambda: "site amber has gone" in caplog.text or not fleet.connected())
+    assert "site amber has joined" in caplog.text

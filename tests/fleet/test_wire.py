@@ -1,0 +1,193 @@
+"""Frames, and messages in chunks: what goes in comes out, and whatever else comes in is refused in one sentence."""
+
+import contextlib
+import tempfile
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedelta.core import codec
+from fedelta.core.errors import BadInput, BadTensors
+from fedelta.core.messages import Reply, Request
+from fedelta.fleet import frames_pb2 as frames
+from fedelta.fleet.wire import (
+    CHUNK,
+    DIGEST,
+    MOST_CONTROL,
+    MOST_KNOWN,
+    Credentials,
+    Incoming,
+    Outgoing,
+    announced,
+    checked_size,
+    clean,
+    digest_of,
+    frame,
+    parse,
+    replying,
+    request_of,
+    sendable,
+)
+
+SAID = bytes(range(DIGEST))
+
+
+def received(raw: list[bytes], size: int, **where: Any) -> Incoming:
+    message = Incoming(size, **where)
+    for one in raw:
+        payload = parse(one)
+        assert isinstance(payload, memoryview)
+        message.add(payload)
+    return message
+
+
+def refused(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call gives, and why it gives nothing."""
+    try:
+        return call(), ""
+    except BadTensors as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("elements", [1, 3000, CHUNK // 4 - 40, CHUNK // 4, CHUNK])
+@pytest.mark.parametrize("filed", [False, True])
+def test_a_message_comes_out_as_it_went_in(elements: int, filed: bool) -> None:
+    tensors = {
+        "w": torch.randn(elements),
+        "strided": torch.arange(24).reshape(4, 6).t()[::2],
+        "none": torch.empty(0, 3),
+        "bits": torch.tensor([True, False]),
+    }
+    meta = {"n": 3, "list": ["è", None]}
+    outgoing = Outgoing(tensors, meta)
+    raw = list(outgoing.frames())
+    assert b"".join(one[1:] for one in raw) == codec.encode(tensors, meta)
+    assert all(len(one) == CHUNK + 1 for one in raw[:-1])
+    with tempfile.TemporaryFile() as file:
+        message = received(raw, outgoing.size, **({"file": file} if filed else {}))
+        assert message.complete
+        body, told = message.read()
+    assert told == meta
+    assert body.keys() == tensors.keys()
+    assert all(torch.equal(body[name], tensors[name]) for name in tensors)
+    body["w"].add_(1)  # what came in may be written to
+
+
+def test_a_broadcast_is_cut_once_for_sites_that_get_it_at_the_same_time() -> None:
+    outgoing = Outgoing({"w": torch.randn(3 * CHUNK // 4)})
+    assert [id(one) for one in list(outgoing.frames())] == [id(one) for one in list(outgoing.frames())]
+
+
+def test_nothing_is_sent_of_nothing() -> None:
+    assert Outgoing({}).size == 0
+    assert list(Outgoing({}).frames()) == []
+    assert Incoming(0).complete
+    assert Incoming(0).read() == ({}, {})
+
+
+def test_a_request_comes_out_as_it_went_in() -> None:
+    asked = Request(to="è", op="train/keys", round=3, job="j/k", attempt=2, base=-1, body={"x": torch.ones(2)})
+    begun = parse(announced(asked, SAID, 7, 9))
+    assert isinstance(begun, frames.Request)
+    assert (begun.digest, begun.shared, begun.body) == (SAID, 7, 9)
+    assert request_of(begun, {}, asked.body, {}) == asked
+    failed = parse(replying(Reply.failure(asked, "no\nway \x1b[31m \ud800"), SAID, 0))
+    assert isinstance(failed, frames.Reply)
+    assert failed.failed
+    assert failed.error == "no way ?[31m ?"
+
+
+def test_what_no_frame_can_carry_is_refused() -> None:
+    for changes in ({"to": "\ud800"}, {"round": 2**63}, {"job": "x" * MOST_CONTROL}):
+        with pytest.raises(BadInput, match="request"):
+            announced(Request(**{"to": "a", "op": "o", "round": 1, **changes}), SAID, 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="not PEM"):
+        Credentials(root=b"", chain=b"", key=b"")
+
+
+def test_the_digest_of_a_request_tells_all_that_it_says_apart() -> None:
+    asked = {"to": "a", "op": "o", "round": 1, "job": "j", "attempt": 0, "base": -1}
+    others = [asked | {name: "z" if isinstance(value, str) else 9} for name, value in asked.items()]
+    found = {digest_of("run", Request(**one), SAID, SAID) for one in [asked, *others]}  # type: ignore[arg-type]
+    base = Request(**asked)  # type: ignore[arg-type]
+    found |= {digest_of("", base, SAID, SAID), digest_of("run", base, SAID[::-1], SAID)}
+    assert len(found) == len(others) + 3
+
+
+@given(st.binary(max_size=300) | st.integers(1, 9).flatmap(lambda kind: st.binary().map(bytes([kind]).__add__)))
+@settings(max_examples=500)
+def test_any_bytes_are_a_frame_or_refused_in_one_sentence(raw: bytes) -> None:
+    came, why = refused(lambda: parse(raw))
+    if why:
+        assert "\n" not in why
+        assert len(why) < 300
+    else:
+        assert isinstance(came, memoryview) or frame(came)[:1] == raw[:1]
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_a_frame_that_was_damaged_is_a_frame_or_refused(data: st.DataObject) -> None:
+    hello = frames.Hello(protocol=1, name="a", experiment="e", versions={"torch": "2"}, known=[SAID])
+    good = frame(hello) if data.draw(st.booleans()) else announced(Request(to="a", op="o", round=1), SAID, 5, 6)
+    raw = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(BadTensors):
+        parse(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+
+
+def test_frames_of_the_wrong_form_are_refused() -> None:
+    short, many = frames.Again(digest=b"x"), frames.Hello(known=[SAID] * (MOST_KNOWN + 1))
+    for raw, why in {
+        b"": "no bytes",
+        b"\x00": "unknown kind 0",
+        b"\xff" * 9: "unknown kind 255",
+        b"\x06": "1 to",
+        b"\x06" + bytes(CHUNK + 1): "1 to",
+        b"\x01" + bytes(MOST_CONTROL): "at most",
+        b"\x01\xff": "does not hold a Hello",
+        frame(short): "digests of 32 bytes",
+        frame(many): "at most 64 digests",
+    }.items():
+        with pytest.raises(BadTensors, match=why):
+            parse(raw)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.integers(0, 120))
+def test_any_chunks_are_a_message_or_refused(chunks: list[bytes], size: int) -> None:
+    message = Incoming(size)
+
+    def take() -> object:
+        for chunk in chunks:
+            message.add(memoryview(chunk))
+        return message.read() if message.complete else None
+
+    assert "\n" not in refused(take)[1]
+
+
+def test_an_announcement_takes_no_memory() -> None:
+    with pytest.raises(BadTensors, match="10000000000 bytes is announced"):
+        checked_size("a reply", 10**10, 2**30)
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1])
+    message = Incoming(2**32)
+    message.add(memoryview(bytes(1000)))
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1]) - before
+    assert pages * 4096 < 2**24
+    tracemalloc.start()
+    Incoming(2**50, drop=True).add(memoryview(bytes(1000)))
+    assert tracemalloc.get_traced_memory()[1] < 10_000
+    tracemalloc.stop()
+
+
+def test_text_of_others_is_cut_and_cleaned() -> None:
+    assert clean("a\x1b]0;b\x07\n\tc \u202e") == "a?]0;b? c ?"
+    assert len(clean("x" * 10_000)) < 700
+    assert sendable("\ud800é") == "?é"
