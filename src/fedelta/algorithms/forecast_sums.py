@@ -6,10 +6,8 @@ each draws whom it shares with, so that the lists of who drew a site differ in l
 for the digits of these lengths, a few bytes a site, and, where sites fail, for how many had drawn them.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -21,7 +19,7 @@ from fedelta.core.errors import BadInput
 from fedelta.core.grid import Terms
 from fedelta.core.messages import PUBLIC, PartyId, Tensors
 from fedelta.secure.aggregation import SecureAggregation
-from fedelta.secure.graph import COMPLETE, Shape, quorum, shape
+from fedelta.secure.graph import COMPLETE, Shape, count, quorum, shape
 from fedelta.secure.messages import KEY_BYTES, SEALED_BYTES, SIGNATURE, SIGNATURE_BYTES, Listed, PublicKeys
 from fedelta.secure.ring import Form, lengths
 from fedelta.secure.shamir import SHARE_BYTES
@@ -47,14 +45,14 @@ class Bearing:
     def of(cls, collect: SecureAggregation, sites: int) -> "Bearing":
         """Raises BadInput where there is no such sum."""
         found = shape(sites, collect.colluding, collect.dropouts)
-        colluding = _count(collect.colluding, sites)
+        colluding = count("colluding", collect.colluding, sites)
         certain = sites <= COMPLETE or found.neighbours == sites - 1
         return cls(
             sites=sites,
             shape=found,
             quorum=_quorum(collect, sites),
             colluding=colluding,
-            dropouts=_count(collect.dropouts, sites),
+            dropouts=count("dropouts", collect.dropouts, sites),
             least=_quorum(collect, sites) - colluding if certain else sites // 3 + 1,  # secure/graph.py
         )
 
@@ -168,8 +166,3 @@ def _octets(*shape: int) -> Tensor:
 
 def _blank(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(shape)  # one number of memory, whatever the shape
-
-
-def _count(share: float, sites: int) -> int:
-    """As secure/graph.py counts: the share as its decimals say, rounded down."""
-    return math.floor(Fraction(str(share)) * sites)
