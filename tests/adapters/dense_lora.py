@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedelta.aggregation.factors import Product
-from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.sampling import Fixed
+from fedelta.algorithms.state import FederationState
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Update
 from fedelta.core.parameters import Layout, Parameters

@@ -42,6 +42,7 @@ from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 
 Similarity = Literal["cosine", "frobenius"]
+_STEPS = (1e-4, 1e-2, 0.1)  # away from no correction, in units of B
 _NOISE = 1e-12  # of the largest eigenvalue of A A^T
 _SIDE, _VALLEYS = 33, 4  # of a grid, and where finer ones begin
 _GRIDS = 24  # each four times finer than the last: the first ten leave nothing that the objective would show
@@ -163,32 +164,29 @@ class _Basis:
     def polished(self, found: Tensor, size: float, penalty: float) -> Tensor:
         """The D V to which a descent leads from `found`, or from a small step where that is 0; the lowest of all."""
 
+        roots = self.values.sqrt()
+        within = self.target / roots  # W in the space of A's rows; what lies outside of it is the same for all D
+        share = float(within.norm()) / size if size > 0 else 0.0
+        if not share > 0 or not float((self.b * roots).norm()) > 0:
+            return found
+        goal = within / within.norm()
+
         def objective(d: Tensor, penalty: float = penalty) -> Tensor:
-            whole = self.b + d
-            cosine = (self.target * whole).sum() / (size * (whole**2 * self.values).sum().sqrt())
-            value: Tensor = 1.0 - cosine + penalty * d.norm()
+            product = (self.b + d) * roots
+            # 1 - cos but for a constant, without its cancellation: near cos = 1 a descent would see rounding only
+            chord = goal - product / product.norm()
+            value: Tensor = 0.5 * share * (chord**2).sum() + penalty * d.norm()
             return value
 
-        if not size > 0 or not float((self.b**2 * self.values).sum()) > 0:
-            return found
         zero = torch.zeros_like(found)
         with torch.enable_grad():
             d = zero.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(
-                objective(d, 0.0), d
-            )  # of the cosine: that of the norm is the same all around
-            step = 1e-4 * float(self.b.norm()) * slope / slope.norm().clamp(min=1e-300)
-            d = (found if bool(found.any()) else -step).clone().requires_grad_()
-            descent = torch.optim.LBFGS([d], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-            def closure() -> Tensor:
-                descent.zero_grad()
-                value = objective(d)
-                value.backward()  # type: ignore[no-untyped-call]
-                return value
-
-            descent.step(closure)  # type: ignore[no-untyped-call]
-        ends = [one for one in (d.detach(), found, zero) if bool(one.isfinite().all())]
+            (slope,) = torch.autograd.grad(objective(d, 0.0), d)  # of the cosine: the norm's is the same all around
+            away = -float(self.b.norm()) * slope / slope.norm().clamp(min=1e-300)
+            moved = float(found.norm()) > _STEPS[0] * float(self.b.norm())
+            starts = [found] if moved else [step * away for step in _STEPS]  # the norm has a kink at 0
+            ends = [_descent(objective, start) for start in starts]
+        ends = [one for one in (*ends, found, zero) if bool(one.isfinite().all())]
         return min(ends, key=lambda one: float(objective(one).nan_to_num(nan=math.inf)))
 
     def most_alike(self, size: float, penalty: float) -> tuple[float, float]:
@@ -211,6 +209,20 @@ class _Basis:
         unchanged = float(objective(torch.zeros_like(nothing), nothing))
         scale, ridge, least = _lowest(objective, math.log(float(self.values.max())))
         return (math.exp(scale), math.exp(ridge)) if least < unchanged else (1.0, math.inf)
+
+
+def _descent(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    d = start.clone().requires_grad_()
+    descent = torch.optim.LBFGS([d], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        descent.zero_grad()
+        value = objective(d)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    descent.step(closure)  # type: ignore[no-untyped-call]
+    return d.detach()
 
 
 def _lowest(objective: Callable[[Tensor, Tensor], Tensor], level: float) -> tuple[float, float, float]:
