@@ -90,7 +90,7 @@ def _start(workload: Workload, methods: Collection[Method], results: Results, se
 def _plot(workloads: Sequence[Workload], results: Results, seeds: int, file: Path) -> None:
     """A row for each workload: the quality of every method with its interval, and the bytes of a site and round."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(11, 3.8 * len(workloads)), layout="constrained", dpi=110)
     for row, part in enumerate(figure.subfigures(len(workloads), 1, squeeze=False)[:, 0]):
@@ -113,6 +113,7 @@ def _plot(workloads: Sequence[Workload], results: Results, seeds: int, file: Pat
             f"{workload.metric}, with 95% intervals ({'more' if workload.sign > 0 else 'less'} is better)"
         )
         traffic.set_xlabel("by a site in a round")
+        traffic.xaxis.set_major_locator(MaxNLocator(5))
         traffic.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
         handles, labels = traffic.get_legend_handles_labels()
         traffic.legend(handles[:2], labels[:2], fontsize=8, loc="lower right")
