@@ -63,6 +63,10 @@ class Examples:
         named = [(name, tensor.dtype, tensor.shape[1:]) for name, tensor in self.inputs.items()]
         return (*named, self.targets.dtype, self.targets.shape[1:])
 
+    @property
+    def nbytes(self) -> int:
+        return self.targets.nbytes + sum(tensor.nbytes for tensor in self.inputs.values())
+
     def __len__(self) -> int:
         return self.targets.shape[0]  # several times as fast as len(), and asked for each of thousands of sites
 

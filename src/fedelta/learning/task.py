@@ -89,9 +89,11 @@ class Task:
             known[key] = None if cut is None else _Halves(cut)
         return known[key]
 
-    def check(self, examples: Examples) -> tuple[object, ...]:
+    def check(self, examples: Examples) -> str:
         """The form of these examples; raises BadInput if they cannot be learned. The same object is checked once."""
-        checked = _checked.setdefault(self, WeakKeyDictionary())
+        checked = _checked.get(self)
+        if checked is None:
+            checked = _checked[self] = WeakKeyDictionary()
         form = checked.get(examples)
         if form is not None:
             return form
@@ -101,7 +103,7 @@ class Task:
                     f"input {name!r} is float64, and models are trained in float32; convert it with .float()"
                 )
         self.objective.check(examples.targets)
-        return checked.setdefault(examples, examples.form)
+        return checked.setdefault(examples, str(examples.form))
 
 
 @dataclass(frozen=True)
@@ -143,5 +145,5 @@ def _bare(module: nn.Module) -> nn.Module:
 
 _working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()
 _cohort_models: WeakKeyDictionary[Task, dict[tuple[int, str], CohortModel]] = WeakKeyDictionary()
-_checked: WeakKeyDictionary[Task, WeakKeyDictionary[Examples, tuple[object, ...]]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[Task, WeakKeyDictionary[Examples, str]] = WeakKeyDictionary()
 _cuts: WeakKeyDictionary[Task, dict[tuple[int, str, bool, bool], _Halves | None]] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from fedelta.core.examples import Examples
 from fedelta.core.parameters import Parameters
 from fedelta.core.threads import intra_op_threads
 from fedelta.learning.cohort import Cohort, one_by_one, train_many
+from fedelta.learning.joined import joined
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, train
@@ -115,7 +116,7 @@ class _Clock:
         alike = [site for site in self.sites if site.form == self.sites[0].form]
         sites = list(islice(cycle(alike), size))
         model, rows = self.task.cohort_on(sites, self.seed, plan)
-        cohort = Cohort(rows=Examples.cat(rows), sizes=[len(site) for site in sites], seeds=range(size))
+        cohort = Cohort(rows=joined(rows), sizes=[len(site) for site in sites], seeds=range(size))
         train_many(model, self.start, cohort, self.task.objective, self.training, plan, round=1)
 
     def _fastest(self, work: Callable[[], None], sites: int) -> float:
