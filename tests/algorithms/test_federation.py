@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.fedavg import FedAvg
-from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi, ServerOptimizer
 from fedelta.algorithms.fedprox import FedProx
 from fedelta.algorithms.parts import Clear, Float32
 from fedelta.algorithms.planning import planned
 from fedelta.algorithms.sampling import Fixed, Poisson
+from fedelta.algorithms.state import FederationState
 from fedelta.algorithms.stopping import Best, Converged, Target
 from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
@@ -33,6 +34,7 @@ from fedelta.learning.optimizers import SGD, AdamW
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, proximal_term, train
+from fedelta.privacy.site_level import SiteLevel
 from fedelta.secure.aggregation import SecureAggregation
 from small_task import plain_task, site_data, task
 
@@ -218,6 +220,7 @@ def test_absent_sites_are_reported_and_the_round_goes_on() -> None:
         "site-3": reports[0].absent["site-3"],
     }
     assert "its loss became nan" in reports[0].absent["site-3"]
+    assert reports[0].refused == ()  # they say so themselves
     assert len(reports) == 2
 
 
@@ -405,6 +408,7 @@ def test_a_malformed_update_makes_its_site_absent(change: Callable[[Any], Any], 
     _, reports = run_all(federation(rounds=1, encoding=Odd()))
     assert list(reports[0].absent) == ["site-0"]
     assert message in reports[0].absent["site-0"]
+    assert reports[0].refused == ("site-0",)
 
 
 def test_a_site_that_cannot_be_evaluated_still_took_part() -> None:
@@ -568,3 +572,43 @@ def test_what_an_algorithm_cannot_do_is_refused() -> None:
     program, said = planned(federation(algorithm), DATA.__getitem__, list(DATA))
     assert program.plan.plain.cohort == 1
     assert "one by one" in said
+
+
+def test_a_round_with_enough_sites_withdraws_the_others() -> None:
+    asked: list[str] = []
+
+    def data(name: str) -> Examples:
+        asked.append(name)
+        return DATA[name]
+
+    program = federation(enough=2)
+    state, reports = run_all(program, data)
+    late = "enough sites had answered before it did"
+    assert [dict(report.absent) for report in reports] == [{"site-2": late, "site-3": late}] * 3
+    assert set(asked) == {"site-0", "site-1"}  # what was withdrawn is not worked on
+    assert dict(state.bases) == {"site-0": 3, "site-1": 3}
+    expected = slow_rounds(3, lambda round: ["site-0", "site-1"])
+    torch.testing.assert_close(weights(program, state).vector.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_site_that_fails_does_not_count_as_one_of_enough() -> None:
+    failing = {"site-0": "site-1", "site-1": "site-2"}
+    state, reports = run_all(federation(rounds=1, enough=1), lambda name: broken(failing.get(name, "site-0")))
+    assert dict(state.bases) == {"site-2": 1}
+    assert {name: why.split(":")[0] for name, why in reports[0].absent.items()} == {
+        "site-0": "FileNotFoundError",
+        "site-1": "this site has no training examples",
+        "site-3": "enough sites had answered before it did",
+    }
+
+
+def test_when_enough_is_not_sound() -> None:
+    with pytest.raises(BadInput, match="min_sites=3 must answer"):
+        federation(enough=2, min_sites=3)
+    with pytest.raises(BadInput, match="asks fewer sites than enough=3"):
+        federation(enough=3, sampling=Fixed(size=2))
+    plain = FedAvg(task=plain_task(), training=TRAINING)
+    with pytest.raises(UnsoundCombination, match="reveals one sum"):
+        federation(plain, enough=2, collect=SecureAggregation())
+    with pytest.raises(UnsoundCombination, match="pushes another one out of the sum"):
+        federation(plain, enough=2, privacy=SiteLevel(epsilon=8.0, delta=1e-5, clip=1.0))

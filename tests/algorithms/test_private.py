@@ -16,6 +16,7 @@ from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdam, FedOpt
 from fedelta.algorithms.mechanism import Privacy
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
+from fedelta.algorithms.tally import Tally
 from fedelta.core.errors import BadInput, CannotResume, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Request, Requests
@@ -281,6 +282,16 @@ def test_other_sites_than_those_that_a_guarantee_was_made_for_are_refused() -> N
     state, _ = next(iter(run(program, Local(program, site, SITES))))
     with pytest.raises(UnsoundCombination, match="made for 20 registered sites"):
         next(iter(run(program, Local(program, site, [*SITES[1:], "site-77"]), state)))
+
+
+def test_whose_update_was_refused_is_not_told() -> None:
+    """A coordinator shuts out whose updates are refused: that would say what reports withhold."""
+    for told in (True, False):
+        tally = Tally(cohort=("site-00", "site-01"), told=told)
+        tally.refuse(["site-00"], "its value holds nan")
+        report = tally.report(1, {}, {}, stop=None)
+        assert report.refused == (("site-00",) if told else ())
+        assert ("nan" in report.absent["site-00"]) is told
 
 
 # At the site

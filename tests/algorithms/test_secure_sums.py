@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fedelta.adapters.flexlora import FlexLoRA
 from fedelta.algorithms.fedavg import FedAvg
-from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.fedopt import FedAdam, FedOpt
 from fedelta.algorithms.parts import Clear, Collect, Float32
 from fedelta.algorithms.sampling import Cyclic, Fixed, Poisson
+from fedelta.algorithms.state import FederationState
 from fedelta.core.errors import BadInput, RoundLost, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms

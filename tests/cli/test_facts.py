@@ -1,6 +1,7 @@
 """What a federation says of itself to a site's policy is what it does."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedelta import (
     ExampleLevel,
     FedAvg,
     Federation,
+    Fixed,
     Local,
     LocalDP,
     SecureAggregation,
@@ -27,7 +29,7 @@ from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.messages import Reply, Request
 from fedelta.core.program import Site, SiteData
-from fedelta.fleet.departures import Departures, read
+from fedelta.fleet.departures import Departure, Departures, read
 from fedelta.fleet.policy import Door
 from fedelta.fleet.policy_file import parse
 from fedelta.privacy.distributed import DistributedDP
@@ -99,6 +101,37 @@ def test_the_bytes_of_an_update_are_known_before(parts: dict[str, Any]) -> None:
     assert found == [facts(made, "site-0").update_bytes] * 4
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"validate_at_sites": True},
+        {"privacy": LocalDP(clip=1.0, noise=1.0)},
+        {"collect": SecureAggregation(bits=32, identities=IDENTITIES), "validate_at_sites": True},
+        {"collect": SecureAggregation(), "privacy": ExampleLevel(clip=1.0, noise=1.0)},
+    ],
+    ids=str,
+)
+def test_the_bytes_of_a_round_are_known_before(parts: dict[str, Any]) -> None:
+    made = federation(**parts)
+    left = Counter[str]()
+    for request, reply in replies(made):
+        left[reply.sender] += Departure.of("", request, reply).bytes if request.round else 0
+    assert set(left.values()) == {facts(made, "site-0", [*left]).round_bytes}
+
+
+def test_the_bytes_of_a_secure_round_are_those_of_its_largest_cohort() -> None:
+    names = [f"site-{i}" for i in range(12)]
+    some = federation(collect=SecureAggregation(), sampling=Fixed(size=5))
+    everybody = federation(collect=SecureAggregation())
+    assert facts(some, "site-0", names).round_bytes == facts(everybody, "site-0", names[:5]).round_bytes
+    secret = replace(some, entropy="system")
+    assert facts(secret, "site-0", names).round_bytes == facts(everybody, "site-0", names).round_bytes
+
+
+def test_the_bytes_of_a_secure_round_are_not_known_without_its_sites() -> None:
+    assert facts(federation(collect=SecureAggregation()), "site-0").round_bytes is None
+
+
 def test_requests_are_those_that_come() -> None:
     for parts in ({}, {"validate_at_sites": True}, {"start": LDA()}, {"collect": SecureAggregation()}):
         made = federation(**parts)
@@ -111,6 +144,7 @@ def test_what_is_trained_is_named() -> None:
     told = facts(federation(), "site-0")
     names = dict(plain_task().build(0).named_parameters())
     assert told.tensors == tuple(names)
+    assert told.shapes == tuple(tuple(tensor.shape) for tensor in names.values())
     assert told.parameters == sum(tensor.numel() for tensor in names.values())
     assert "batch=4" in told.training
     assert told.training.startswith("FedAvg, ")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.cli.in_process import Fedelta, fedelta
 
 from fedelta.fleet.certificates import CertificateAuthority
+from fedelta.fleet.departures import read
 
 __all__ = ["fedelta"]  # a fixture
 
@@ -167,12 +168,18 @@ def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_s
     assert [report["round"] for report in reports] == list(range(1, 31))
     assert done < 30
     assert not any(report["absent"] for report in reports)
-    assert len((folder / "joined" / "a" / "departures.jsonl").read_text().splitlines()) >= 30
+    for name in ("a", "b"):  # one with a policy, and one without
+        left = [line.entry for line in read(folder / "joined" / name / "departures.jsonl")]
+        assert {entry.round for entry in left if entry.op == "train"} == {*range(1, 31)}
     options: list[Any] = ["--plan", "plain", "--workers", 0, "--out", folder / "here"]
     fedelta("run", folder / "experiment.py", *options)
     here, there = load_file(folder / "here" / "model.safetensors"), load_file(folder / "run" / "model.safetensors")
     assert here.keys() == there.keys()
     assert all(here[name].equal(there[name]) for name in here)
+    for name in ("a", "b"):
+        model = folder / "joined" / name / "model.safetensors"
+        assert model.read_bytes() == (folder / "run" / "model.safetensors").read_bytes()
+        assert f"{name}: the model is in joined/{name}/model.safetensors." in processes.said(name)
 
 
 def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None:

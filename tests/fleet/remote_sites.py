@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from fedelta.core.program import Program
+from fedelta.fleet.limits import Limits
 from fedelta.fleet.member import Member, Patience
-from fedelta.fleet.remote import Limits, Remote
+from fedelta.fleet.remote import Remote
 from fedelta.fleet.wire import Credentials
 
 QUICK = Patience(first_pause_s=0.05, longest_pause_s=0.2, connect_s=10.0)

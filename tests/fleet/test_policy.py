@@ -20,7 +20,7 @@ from fedelta.core import codec
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.messages import Reply, Request
 from fedelta.fleet.departures import Departures, read
-from fedelta.fleet.policy import Door, Facts, Policy, demands, describe, refusal
+from fedelta.fleet.policy import NO_POLICY, Door, Facts, Policy, demands, describe, refusal
 from fedelta.fleet.policy_file import parse
 from fedelta.fleet.policy_file import read as read_policy
 
@@ -60,8 +60,10 @@ FACTS = Facts(
     training="FedAvg",
     tuning="Head()",
     tensors=("head.weight", "head.bias"),
+    shapes=((9, 10), (10,)),
     parameters=100,
     update_bytes=1000,
+    round_bytes=None,
     collect="masks",
     identities=True,
     least=5,
@@ -289,6 +291,36 @@ def test_a_demand_that_is_not_met(changes: dict[str, str], other: dict[str, Any]
     assert re.fullmatch(r"this site would not join: 1 of \d+ demands are not met", lines[-1])
 
 
+def test_bytes_of_a_whole_round_are_what_counts_where_they_are_known() -> None:
+    facts = replace(FACTS, round_bytes=1500)
+    changes = {"leaves__bytes_per_reply": "1000", "leaves__bytes_per_round": "1499", "leaves__bytes_per_day": "1500"}
+    assert refusal(policy(**changes), facts) == [
+        "leaves.bytes_per_round asks for 1,499 at most, and there is 1,500 in a round"
+    ]
+    assert "in all      at most 1,500 bytes in a round, 15,000 in 10 rounds" in describe(policy(), facts)
+
+
+def test_who_has_no_policy_allows_all_that_the_experiment_declares_and_no_more(tmp_path: Path) -> None:
+    worst = replace(FACTS, collect="clear", identities=False, least=1, unit=None, round_bytes=2**62)
+    assert refusal(NO_POLICY, worst) == []
+    door = Door(NO_POLICY, replace(FACTS, noise="coordinator"), Departures.open(tmp_path / "log"))
+    assert door.refuse(Request(to="a", op="train", round=10**6)) is None
+    assert "takes no 'statistics' requests" in (door.refuse(Request(to="a", op="statistics", round=0)) or "")
+    assert "has no step 'train/other'" in (door.refuse(Request(to="a", op="train/other", round=1)) or "")
+
+
+def test_noise_of_the_site_covers_the_rounds_of_the_experiment_over_all_its_runs(tmp_path: Path) -> None:
+    facts = replace(FACTS, rounds=2, noise="site")
+    for attempt, round in enumerate((1, 1)):  # another request for one round has noise of its own
+        door = Door(NO_POLICY, facts, Departures.open(tmp_path / "log"))
+        asked = Request(to="a", op="train", round=round, attempt=attempt)
+        assert door.refuse(asked) is None
+        door.leaving(asked, Reply.to_request(asked, {}))
+    again = Door(NO_POLICY, facts, Departures.open(tmp_path / "log"))
+    assert "answered 2 times" in (again.refuse(Request(to="a", op="train", round=2)) or "")
+    assert "in rounds 1 to 2" in (again.refuse(Request(to="a", op="train", round=3)) or "")
+
+
 def test_demands_that_are_just_met() -> None:
     exact = policy(
         work__requests='["train", "evaluate"]',
@@ -356,7 +388,7 @@ class Clock:
 
 
 def door(folder: Path, clock: Clock | None = None, **changes: str) -> Door:
-    facts = replace(FACTS, rounds=1)  # of a run; a policy counts all of them
+    facts = replace(FACTS, rounds=1, noise="coordinator")  # of a run; a policy counts all of them
     return Door(policy(**changes), facts, Departures.open(folder / "log"), clock or Clock())
 
 
@@ -488,6 +520,35 @@ def test_bytes_that_may_leave(tmp_path: Path, restart: bool) -> None:
     assert "5,000 bytes have left in 24 hours" in (again(own).refuse(request(round=5)) or "")
     clock.now = NOON + timedelta(hours=24)
     assert again(own).refuse(request(round=5)) is None
+
+
+STRICT = {
+    "work__requests": '["train", "evaluate"]',
+    "work__rounds": "1",
+    "leaves__bytes_per_reply": "1000",
+    "leaves__bytes_per_round": "1000",
+    "leaves__bytes_per_day": "1000",
+    "hours__open": '[{days = ["mon"], from = "00:00", to = "24:00"}]',
+}
+
+
+def test_a_model_may_always_come_in_and_nothing_leaves_for_it(tmp_path: Path) -> None:
+    clock = Clock(NOON + timedelta(days=3))  # a Monday
+    own = door(tmp_path, clock, **STRICT)
+    own.leaving(request(), reply(request(), 1000))
+    clock.now = NOON + timedelta(days=4) - timedelta(minutes=1)  # a Tuesday, with nothing left of the day
+    for round in (0, 1, 99):
+        handed = request("model", round)
+        assert own.refuse(handed) is None
+        own.leaving(handed, Reply.to_request(handed, {}))
+    assert "and its hours are mon" in (own.refuse(request()) or "")
+    for left in (reply(handed), replace(Reply.to_request(handed, {}), meta={"name": "a"})):
+        with pytest.raises(BadInput, match="who is handed a model answers with none"):
+            own.leaving(handed, left)
+    entries = [line.entry for line in read(tmp_path / "log")]
+    assert [(entry.op, entry.bytes, entry.error) for entry in entries[1:4]] == 3 * [("model", 0, None)]
+    assert all(entry.error is not None for entry in entries[4:])
+    assert "takes no 'model' requests" in (own.refuse(request("model/keys")) or "")
 
 
 def test_what_is_kept_back_is_in_the_log_as_what_leaves_instead(tmp_path: Path) -> None:

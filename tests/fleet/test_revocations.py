@@ -131,8 +131,13 @@ def test_a_worse_list_does_not_take_the_place_of_a_good_one(
 
 
 def test_files_that_are_missing(tmp_path: Path, authority: CertificateAuthority) -> None:
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match=r"there is no list of revoked certificates .*none.crl"):
         Revocations(authority.folder / "none.crl")
+    lonely = tmp_path / "alone" / "revoked.crl"
+    lonely.parent.mkdir()
+    lonely.write_bytes((authority.folder / "revoked.crl").read_bytes())
+    with pytest.raises(BadInput, match=r"there is no .*alone/ca.pem; put the authority's certificate beside"):
+        Revocations(lonely)
     with pytest.raises(BadInput, match="is no certificate in PEM"):
         Revocations(authority.folder / "revoked.crl", authority.folder / "revoked.crl")
 
@@ -210,7 +215,7 @@ def test_a_site_that_is_revoked_while_it_is_connected_has_to_leave(
     authority: CertificateAuthority, revocations: Revocations, tmp_path: Path
 ) -> None:
     pytest.importorskip("grpc")
-    from fedelta.fleet.remote import Limits
+    from fedelta.fleet.limits import Limits
     from fedelta.fleet.wire import Credentials
     from fleet_program import Play, load
     from remote_sites import coordinator, site

@@ -19,11 +19,13 @@ from fedelta.fleet.wire import (
     CHUNK,
     DIGEST,
     MOST_CONTROL,
+    MOST_HEAD,
     MOST_KNOWN,
     Credentials,
     Incoming,
     Outgoing,
-    announced,
+    announcement,
+    asking,
     checked_size,
     clean,
     digest_of,
@@ -35,6 +37,8 @@ from fedelta.fleet.wire import (
 )
 
 SAID = bytes(range(DIGEST))
+SMALL = {"w": torch.arange(5.0)}
+REPLY = Reply(sender="a", answers="an id", round=1)
 
 
 def received(raw: list[bytes], size: int, **where: Any) -> Incoming:
@@ -90,13 +94,56 @@ def test_nothing_is_sent_of_nothing() -> None:
     assert Incoming(0).read() == ({}, {})
 
 
-def test_a_request_comes_out_as_it_went_in() -> None:
-    asked = Request(to="è", op="train/keys", round=3, job="j/k", attempt=2, base=-1, body={"x": torch.ones(2)})
-    begun = parse(announced(asked, SAID, 7, 9))
+def asked_for(request: Request, shared: Any = None, body: Any = None) -> list[bytes]:
+    return list(asking(announcement(request, SAID), Outgoing(shared or {}), Outgoing(body or {})))
+
+
+@given(st.integers(0, 40_000), st.integers(0, 40_000))
+@settings(max_examples=40)
+def test_a_request_comes_out_as_it_went_in_with_or_without_heads(shared: int, body: int) -> None:
+    both = [{"x": torch.arange(size, dtype=torch.uint8)} if size else {} for size in (shared, body)]
+    asked = Request(to="è", op="train/keys", round=3, job="j/k", attempt=2, base=-1, shared=both[0], body=both[1])
+    first, *chunks = asked_for(asked, *both)
+    begun = parse(first)
     assert isinstance(begun, frames.Request)
-    assert (begun.digest, begun.shared, begun.body) == (SAID, 7, 9)
-    assert request_of(begun, {}, asked.body, {}) == asked
-    failed = parse(replying(Reply.failure(asked, "no\nway \x1b[31m \ud800"), SAID, 0))
+    sizes = [Outgoing(tensors).size for tensors in both]
+    assert (begun.digest, [begun.shared, begun.body]) == (SAID, sizes)
+    assert len(chunks) == (0 if sum(sizes) <= MOST_HEAD else sum(map(bool, sizes)))
+    parts = [Incoming(size) for size in sizes]
+    for part, head in zip(parts, (begun.shared_head, begun.body_head), strict=True):
+        part.add(memoryview(head))
+    for chunk in chunks:
+        payload = parse(chunk)
+        assert isinstance(payload, memoryview)
+        next(part for part in parts if not part.complete).add(payload)
+    found = request_of(begun, parts[0].read()[0], parts[1].read()[0], {})
+    assert (found.id, found.base) == (asked.id, asked.base)
+    for mine, theirs in zip((found.shared, found.body), both, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        for tensor in mine.values():
+            tensor.add_(1)  # what came in may be written to
+
+
+@pytest.mark.parametrize("elements", [1, 100, 127, 128, MOST_HEAD - 64, MOST_HEAD])
+def test_a_reply_comes_out_as_it_went_in(elements: int) -> None:
+    tensors = {"w": torch.arange(elements, dtype=torch.uint8)}
+    body, reply = Outgoing(tensors), Reply(sender="a", answers="an id", round=-2)
+    first, *chunks = replying(reply, SAID, body)
+    begun = parse(first)
+    assert isinstance(begun, frames.Reply)
+    assert begun == frames.Reply(digest=SAID, answers="an id", round=-2, body=body.size, body_head=begun.body_head)
+    message = Incoming(begun.body)
+    message.add(memoryview(begun.body_head))
+    for chunk in chunks:
+        message.add(memoryview(chunk)[1:])
+    assert torch.equal(message.read()[0]["w"], tensors["w"])
+    assert bool(chunks) == (body.size > MOST_HEAD)
+
+
+def test_a_failure_is_told_in_one_line() -> None:
+    (only,) = replying(Reply.failure(Request(to="a", op="o", round=1), "no\nway \x1b[31m \ud800"), SAID, Outgoing({}))
+    failed = parse(only)
     assert isinstance(failed, frames.Reply)
     assert failed.failed
     assert failed.error == "no way ?[31m ?"
@@ -105,7 +152,7 @@ def test_a_request_comes_out_as_it_went_in() -> None:
 def test_what_no_frame_can_carry_is_refused() -> None:
     for changes in ({"to": "\ud800"}, {"round": 2**63}, {"job": "x" * MOST_CONTROL}):
         with pytest.raises(BadInput, match="request"):
-            announced(Request(**{"to": "a", "op": "o", "round": 1, **changes}), SAID, 0, 0)  # type: ignore[arg-type]
+            announcement(Request(**{"to": "a", "op": "o", "round": 1, **changes}), SAID)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="not PEM"):
         Credentials(root=b"", chain=b"", key=b"")
 
@@ -134,12 +181,18 @@ def test_any_bytes_are_a_frame_or_refused_in_one_sentence(raw: bytes) -> None:
 @settings(max_examples=200)
 def test_a_frame_that_was_damaged_is_a_frame_or_refused(data: st.DataObject) -> None:
     hello = frames.Hello(protocol=1, name="a", experiment="e", versions={"torch": "2"}, known=[SAID])
-    good = frame(hello) if data.draw(st.booleans()) else announced(Request(to="a", op="o", round=1), SAID, 5, 6)
+    asked = asked_for(Request(to="a", op="o", round=1), SMALL, SMALL)
+    good = data.draw(st.sampled_from([frame(hello), *asked, *replying(REPLY, SAID, Outgoing(SMALL))]))
     raw = bytearray(good)
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(BadTensors):
-        parse(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+        came = parse(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+        if isinstance(came, frames.Reply):
+            message = Incoming(checked_size("a reply", came.body, 10_000))
+            message.add(memoryview(came.body_head))
+            if message.complete:
+                message.read()
 
 
 def test_frames_of_the_wrong_form_are_refused() -> None:
@@ -151,6 +204,7 @@ def test_frames_of_the_wrong_form_are_refused() -> None:
         b"\x06": "1 to",
         b"\x06" + bytes(CHUNK + 1): "1 to",
         b"\x01" + bytes(MOST_CONTROL): "at most",
+        b"\x05" + bytes(MOST_CONTROL + MOST_HEAD): "at most 131072",
         b"\x01\xff": "does not hold a Hello",
         frame(short): "digests of 32 bytes",
         frame(many): "at most 64 digests",

@@ -60,6 +60,17 @@ def test_the_card_has_every_fact_of_the_run() -> None:
     assert "PeftModel.from_pretrained" in body
 
 
+def test_the_card_of_a_site_has_what_a_site_knows() -> None:
+    text = card().at_site("hospital | a", 7, "1.2.3")
+    assert yaml.safe_load(text.split("---\n", 2)[1])["library_name"] == "peft"
+    assert "| kept by the site | hospital \\| a |" in text
+    assert "| sites | 4 |" in text
+    assert "| rounds | 7 rounds |" in text
+    assert "| privacy | not bounded: nobody looked |" in text
+    assert "took part" not in text
+    assert "| sites |" not in card(sites=0).at_site("a", 1, "1")
+
+
 def test_what_is_not_there_is_not_named() -> None:
     text = card(base_digest=None, ranks={}, tiers={}, classes=(), library="transformers").text(RUN[1:], "1")
     assert "| digest of its frozen weights | none |" in text

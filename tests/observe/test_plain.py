@@ -19,6 +19,7 @@ reports = st.builds(
     cohort=st.lists(names, max_size=4).map(tuple),
     per_site=st.dictionaries(names, numbers, max_size=3),
     absent=st.dictionaries(names, names, max_size=4),
+    refused=st.lists(names, max_size=4).map(tuple),
     bytes_down=st.integers(0, 2**70),
     bytes_up=st.integers(0, 2**70),
     seconds=numbers,

@@ -75,10 +75,14 @@ class Mean:
 
     def refuse_many(self, updates: Updates) -> Mapping[int, str]:
         """The rows of `updates` that `refuse` refuses, with the reason."""
-        numbers = torch.stack([updates.weights, *updates.sums.values()])
-        good = torch.tensor([self.weight_bound, *[_NUMBER_BOUND] * len(updates.sums)], dtype=torch.float64)[:, None]
+        if not len(updates):
+            return {}
+        low, high = torch.aminmax(torch.stack([updates.weights, *updates.sums.values()]), dim=1)
+        weight, *numbers = zip(low.tolist(), high.tolist(), strict=True)  # NaN if one is
+        good = weight[0] >= 0 and weight[1] <= self.weight_bound
+        good &= all(max(-least, most) <= _NUMBER_BOUND for least, most in numbers)
         largest = magnitude(updates.values) if updates.magnitude is None else updates.magnitude
-        if largest <= self.bound and bool((numbers.abs() <= good).all() & (numbers[0] >= 0).all()):
+        if good and largest <= self.bound:
             return {}  # the usual case, and at most one pass over the values
         reasons = ((row, self.refuse(update)) for row, update in enumerate(updates))
         return {row: reason for row, reason in reasons if reason is not None}
@@ -103,8 +107,9 @@ class Mean:
     def segments(self, layout: Layout, cohort: int) -> list[tuple[slice, int]]:
         """Runs of elements with one grid, in the order of the vector: where, and the exponent e of the scale 2**e."""
         runs: list[tuple[slice, int]] = []
+        exponents = {bound: self._exponent(bound, cohort) for bound in {*map(self._bound, layout.entries)}}
         for entry in layout.entries:
-            exponent = self._exponent(self._bound(entry), cohort)
+            exponent = exponents[self._bound(entry)]
             end = entry.offset + entry.numel
             if runs and runs[-1][1] == exponent:
                 runs[-1] = (slice(runs[-1][0].start, end), exponent)

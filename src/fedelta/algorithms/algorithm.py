@@ -1,7 +1,8 @@
 """What an algorithm is: what a federation broadcasts, trains and does with the total."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from fedelta.core.program import Site
 from fedelta.learning.cohort import Cohort, train_many
 from fedelta.learning.dp_sgd import PrivateSteps, train_private
 from fedelta.learning.flat import FlatModel
+from fedelta.learning.joined import joined
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Penalty, Training, proximal_term, train
@@ -204,20 +206,17 @@ def delta_many(
     groups, failed = _alike(task, sites)
     parts = []
     for group in groups:
-        given = [site.data().train for _, site in group]
-        model, examples = task.cohort_on(given, incoming.seed, incoming.plan)
-        sizes = [len(own) for own in examples]
-        cohort = Cohort(
-            rows=Examples.cat(examples), sizes=sizes, seeds=[incoming.local_seeds[index] for index, _ in group]
-        )
+        model, examples = task.cohort_on(group.examples, incoming.seed, incoming.plan)
+        seeds = [incoming.local_seeds[index] for index in group.where]
+        cohort = Cohort(rows=joined(examples), sizes=group.sizes, seeds=seeds)
         trained = train_many(
             model, start, cohort, task.objective, training, incoming.plan, round=incoming.round, proximal=proximal
         )
         updates = Updates(
-            senders=[site.id for _, site in group],
+            senders=[sites[index].id for index in group.where],
             layout=layout,
             values=trained.deltas if len(groups) == 1 else trained.deltas.clone(),
-            weights=torch.tensor(sizes, dtype=torch.float64),
+            weights=torch.tensor(group.sizes, dtype=torch.float64),
             sums=trained.sums,
             magnitude=None if trained.failed else trained.magnitude,
         )
@@ -226,17 +225,29 @@ def delta_many(
     return Updates.cat(parts, layout), failed
 
 
-def _alike(task: Task, sites: Sequence[Site]) -> tuple[list[list[tuple[int, Site]]], dict[PartyId, str]]:
-    """The sites with their index, grouped by the form of their examples; and those that have none to learn from."""
-    groups: dict[object, list[tuple[int, Site]]] = {}
+@dataclass(slots=True)
+class _Group:
+    """Sites with examples of one form: their places among those given, what they learn from, and how many rows."""
+
+    where: list[int] = field(default_factory=list)
+    examples: list[Examples] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+
+def _alike(task: Task, sites: Sequence[Site]) -> tuple[list[_Group], dict[PartyId, str]]:
+    """The sites that have something to learn from, and why the others have not."""
+    groups: dict[str, _Group] = defaultdict(_Group)
     failed: dict[PartyId, str] = {}
     for index, site in enumerate(sites):
         try:
             data = site.data().train
-            form = task.check(data)
-            if not len(data):
+            form, size = task.check(data), len(data)
+            if not size:
                 raise BadInput("this site has no training examples")
-            groups.setdefault(form, []).append((index, site))
+            group = groups[form]
+            group.where.append(index)
+            group.examples.append(data)
+            group.sizes.append(size)
         except FedeltaError as error:
             failed[site.id] = str(error)
         except OSError as error:

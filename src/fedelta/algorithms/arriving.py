@@ -1,6 +1,6 @@
 """From replies to updates: what arrives is decoded, checked, passed through the stages in reverse, and accepted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from fedelta.privacy.example_level import ROWS
 
 def arriving(
     federation: Parts,
-    replies: Iterator[Reply | Replies],
+    replies: Generator[Reply | Replies],
     layout: Callable[[PartyId], Layout],
     rule: Rule,
     tally: Tally,
@@ -24,7 +24,8 @@ def arriving(
 ) -> Iterator[tuple[Sequence[PartyId], Update]]:
     """The updates as they come, each with the sites that it is of; `tally` takes note of the rest.
 
-    Raises TooFewSites after the last one if too few were accepted, RoundLost if nothing else can come of the round.
+    Once there are enough, what is outstanding is withdrawn. Raises TooFewSites after the last one if too few were
+    accepted, RoundLost if nothing else can come of the round.
     """
     for reply in replies:
         for senders, body in bodies(reply, tally.absent):
@@ -33,18 +34,22 @@ def arriving(
                 update = federation.encoding.decode(tensors, layout(senders[0]))
                 _check(federation, update, len(senders))
             except BadTensors as error:
-                tally.absent |= dict.fromkeys(senders, f"its update is malformed: {error}")
+                tally.refuse(senders, f"its update is malformed: {error}")
                 continue
             rows = public[ROWS].tolist() if ROWS in public else [update.sums.get(ROWS, 1)] * len(senders)
-            tally.arrived |= {sender: int(own) for sender, own in zip(senders, rows, strict=True)}
+            tally.arrived |= zip(senders, map(int, rows), strict=True)
             for stage in reversed(federation.stages):
                 update = stage.on_arrival(update)
             refusal = rule.refuse(update)
             if refusal is not None:
-                tally.absent |= dict.fromkeys(senders, refusal)
+                tally.refuse(senders, refusal)
                 continue
             tally.accept(senders, update.count)
             yield senders, update
+        if federation.enough is not None and tally.accepted >= federation.enough:
+            replies.close()
+            tally.late("enough sites had answered before it did")
+            break
     noised = federation.privacy is not None and federation.privacy.central
     if tally.accepted < federation.min_sites and federation.collect.shows is Sight.SUM:
         raise RoundLost(f"the sum of the sites cannot be used ({tally.reasons(tally.absent)})")

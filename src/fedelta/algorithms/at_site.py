@@ -4,18 +4,20 @@ What comes in is trained on (or measured, or summed up), passes through the stag
 handed to the collect.
 """
 
+import copy
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedelta.aggregation.rule import ManyRule, Rule
-from fedelta.algorithms import round_zero
+from fedelta.algorithms import handover, round_zero
 from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.parts import Collect, Encoding, Stage
@@ -23,7 +25,7 @@ from fedelta.algorithms.private import Guard
 from fedelta.core.errors import BadInput, BadTensors, FedeltaError, TrainingFailed
 from fedelta.core.grid import Terms
 from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
-from fedelta.core.parameters import Parameters
+from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
 from fedelta.core.program import Sight, Site
 from fedelta.core.seeds import derive, derive_each
 from fedelta.learning.plan import Plan
@@ -53,6 +55,8 @@ class AtSite:
 
     def handle(self, request: Request, site: Site) -> Reply:
         outgoing: Callable[[Request, Site], Tensors]
+        if request.op == handover.OP:
+            return self._keep(request, site)
         if request.op == "train":
             outgoing = self._update
         elif request.op == "evaluate" and self.validates:
@@ -79,8 +83,8 @@ class AtSite:
             plan=self.plan,
         )
         updates, errors = self.algorithm.local_many(incoming, sites)
-        rule = self.rule()
-        if not self.stages and self.guard is None and self.encoding.linear and isinstance(rule, ManyRule):
+        rule = self._summing
+        if rule is not None:
             refused = rule.refuse_many(updates)
             errors |= {updates.senders[row]: reason for row, reason in refused.items()}
             updates = updates.without(refused)
@@ -93,6 +97,12 @@ class AtSite:
             body = {name: torch.stack([tensors[name] for tensors in encoded]) for name in encoded[0]} if encoded else {}
         return Replies(senders=updates.senders, answers=requests.id, round=requests.round, body=body, errors=errors)
 
+    @cached_property
+    def _summing(self) -> ManyRule | None:
+        """What makes one update of many; None where something on their way has to see the single ones."""
+        rule = self.rule() if not self.stages and self.guard is None and self.encoding.linear else None
+        return rule if isinstance(rule, ManyRule) else None
+
     def incoming(self, request: Request) -> Incoming:
         return Incoming(
             tensors=_Sent({**request.shared, **request.body}),
@@ -103,9 +113,33 @@ class AtSite:
             plan=self.plan,
         )
 
+    def model(self, request: Request, site: Site) -> nn.Module:
+        """A new module, on the CPU, with the weights that a site ends with."""
+        if self.algorithm.personal:
+            model, _ = self.algorithm.received(self.incoming(request), site, site.data().train)
+            return copy.deepcopy(model.module).cpu()
+        module = self.algorithm.task.build(self.seed)
+        layout = Layout.of(trainable(module), travelling_buffers(module))
+        Parameters(layout, _Sent(request.shared)["parameters"]).load(module)
+        return module
+
+    def _keep(self, request: Request, site: Site) -> Reply:
+        if site.keep is None:
+            raise BadInput("this site keeps no model")
+        with self._withheld(site):
+            model = self.model(request, site)
+        try:
+            site.keep(model, request.round)
+        except (FedeltaError, OSError) as error:  # it is about the owner's disk
+            _LOG.error("%s has not kept its model: %s", site.id, error)
+            raise BadInput("it could not keep its model; why is in its own log") from None
+        return Reply.to_request(request, {})
+
     def _update(self, request: Request, site: Site) -> Tensors:
         incoming = self.incoming(request)
         if self.guard is not None:
+            with self._withheld(site):
+                site.data()
             private = self.guard.training_at(site, request.shared, request.round)
             # what dropout hides of a row depends on the others of its batch, which nobody else may know
             secret = self.guard.entropy == "system" and private is not None

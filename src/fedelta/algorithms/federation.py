@@ -5,11 +5,10 @@ through the stages and the encoding, and hands it to the collect; back in `step`
 passed through the stages in reverse, and aggregated as it comes.
 """
 
-import copy
 import itertools
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Generic, TypeVar
@@ -19,7 +18,7 @@ from torch import nn
 from fedelta.aggregation.factors import Meter, half, pairs
 from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
-from fedelta.algorithms import evaluation, round_zero, soundness
+from fedelta.algorithms import evaluation, handover, round_zero, soundness
 from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.arriving import arriving
 from fedelta.algorithms.at_site import AtSite
@@ -27,6 +26,7 @@ from fedelta.algorithms.mechanism import Entropy, Privacy, scheme
 from fedelta.algorithms.parts import Clear, Collect, Encoding, Float32, Stage
 from fedelta.algorithms.private import Guard
 from fedelta.algorithms.sampling import All, Poisson, Sampling
+from fedelta.algorithms.state import FederationState
 from fedelta.algorithms.stopping import Best, Stop
 from fedelta.algorithms.tally import Tally
 from fedelta.core.digest import digest
@@ -41,6 +41,7 @@ from fedelta.core.threads import intra_op_threads
 from fedelta.learning.closed_form import ClosedForm
 from fedelta.learning.flat import FlatModel
 from fedelta.learning.plan import Plan
+from fedelta.learning.saving import frozen_digest
 from fedelta.learning.training import evaluate
 from fedelta.privacy.example_level import ROWS
 from fedelta.privacy.guarantee import PrivacyState
@@ -48,21 +49,6 @@ from fedelta.privacy.ledger import MemoryLedger
 
 S = TypeVar("S")
 _MOST_LOST = 3  # rounds in a row: then it is not by chance that nothing comes of them, and the run ends
-
-
-@dataclass(frozen=True, kw_only=True)
-class FederationState(Generic[S]):
-    """All that a resume needs. `bases` has, per site, the round of its last accepted reply."""
-
-    algorithm: S
-    round: int = 0
-    started: bool = False  # round zero is over, if there is one
-    bases: Mapping[PartyId, int] = field(default_factory=dict)
-    best: Best = Best()
-    stopped: str | None = None
-    stop: str = ""  # the condition to which `best` and `stopped` belong: another one starts anew
-    privacy: PrivacyState | None = None  # None: there is no guarantee
-    lost: int = 0  # rounds in a row that were given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +65,9 @@ class Federation(Generic[S]):
     stop: Stop | None = field(default=None, metadata={"digest": False})
     seed: int = 0
     min_sites: int = 1  # that must answer for a round to count
+    # With which a round is complete: the others are withdrawn, so that it waits for no straggler (Bonawitz et al. 2019,
+    # "Towards Federated Learning at Scale", section 2.2, who ask 1.3 times as many). None: all that were asked.
+    enough: int | None = field(default=None, metadata={"digest": False})
     test: Examples | None = field(default=None, metadata={"digest": False})  # held out at the coordinator
     evaluate_every: int = 1  # rounds between evaluations; the last round is always evaluated
     plan: Plan = field(default=Plan(), metadata={"digest": False})  # of the arithmetic: a manifest has it apart
@@ -295,7 +284,9 @@ class Federation(Generic[S]):
         told = () if self.privacy is None else self.privacy.numbers
         return replace(rule.terms, public=frozenset({ROWS} & set(told)))
 
-    def _gathered(self, fleet: Fleet, requests: Requests, tally: Tally, together: int = 1) -> Iterator[Reply | Replies]:
+    def _gathered(
+        self, fleet: Fleet, requests: Requests, tally: Tally, together: int = 1
+    ) -> Generator[Reply | Replies]:
         terms = self._terms(requests.op, requests.shared)
         try:
             yield from self.collect.gather(fleet, requests, together, terms)
@@ -372,6 +363,11 @@ class Federation(Generic[S]):
         model.load(parameters)
         return self._named("test", evaluate(model, rows, self.algorithm.task.objective, self._plan))
 
+    def frozen(self) -> str | None:
+        """Digest of the weights that every party has to have already, since they do not travel; None without any."""
+        # On the CPU, whatever the device: CUDA must not be in use when workers are forked. They inherit this copy.
+        return frozen_digest(self.algorithm.task.flat(self.seed, replace(self._plan, device="cpu")).module)
+
     def model(self, state: FederationState[S]) -> nn.Module:
         """A new module with the global weights of `state`, on the CPU."""
         module = self.algorithm.task.build(self.seed)
@@ -379,14 +375,13 @@ class Federation(Generic[S]):
         return module
 
     def model_at(self, state: FederationState[S], site: Site) -> nn.Module:
-        """A new module with the weights that `site` has after `state`: its own rank, and what it keeps to itself."""
-        base = state.bases.get(site.id, -1)
-        shared, own = self.algorithm.broadcast(state.algorithm, {site.id: base})
-        request = Request(
-            to=site.id, op="evaluate", round=state.round, base=base, shared=shared, body=own.get(site.id, {})
-        )
-        model, _ = self.algorithm.received(self._at_site.incoming(request), site, site.data().train)
-        return copy.deepcopy(model.module)
+        """As `model`; where a part of it stays at each site, with the part that `site` keeps."""
+        (request,) = handover.requests(self.algorithm, state, [site.id])
+        return self._at_site.model(request, site)
+
+    def hand_over(self, state: FederationState[S], fleet: Fleet) -> dict[PartyId, str]:
+        """Have each site keep its model (Site.keep) at the end; those that have not, with the reason."""
+        return handover.hand_over(self.algorithm, state, fleet)
 
     def _working_copy(self) -> FlatModel:
         return self.algorithm.task.flat(self.seed, self._plan)

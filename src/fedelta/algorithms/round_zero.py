@@ -192,11 +192,11 @@ def _arriving(
                 if fault is not None:
                     raise BadTensors(fault)
             except BadTensors as error:
-                tally.absent |= dict.fromkeys(senders, f"its statistics are malformed: {error}")
+                tally.refuse(senders, f"its statistics are malformed: {error}")
                 continue
             refusal = RULE.refuse(update) if private is None or private.discrete is None else None
             if refusal is not None:
-                tally.absent |= dict.fromkeys(senders, refusal)
+                tally.refuse(senders, refusal)
                 continue
             tally.accept(senders, update.count)
             yield update

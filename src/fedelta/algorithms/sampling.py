@@ -47,6 +47,8 @@ class Fixed:
             raise BadInput(
                 f"{self.size} sites a round were asked for and only {len(parties)} are registered; ask fewer"
             )
+        if self.size == len(parties):
+            return list(parties)
         chosen = torch.randperm(len(parties), generator=generator(seed, "sampling", round))[: self.size]
         return [parties[i] for i in sorted(chosen.tolist())]
 

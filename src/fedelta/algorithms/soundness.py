@@ -56,6 +56,9 @@ class Parts(Protocol):
     def min_sites(self) -> int: ...
 
     @property
+    def enough(self) -> int | None: ...
+
+    @property
     def test(self) -> Examples | None: ...
 
     @property
@@ -68,6 +71,8 @@ class Parts(Protocol):
 def check(federation: Parts) -> None:
     """Raises UnsoundCombination, or BadInput for what cannot be done, if two parts do not go together."""
     _check_parts(federation)
+    if federation.enough is not None:
+        _check_enough(federation, federation.enough)
     _check_aggregation(federation)
     _check_algorithm(federation)
     if federation.privacy is not None:
@@ -124,6 +129,24 @@ def _check_parts(federation: Parts) -> None:
             raise BadInput("the test set has no examples")
     if federation.start is not None:
         round_zero.classes(task)
+
+
+def _check_enough(federation: Parts, enough: int) -> None:
+    """What a round that does not wait for all sites rests on."""
+    if enough < federation.min_sites:
+        raise BadInput(f"enough={enough} sites end a round, and min_sites={federation.min_sites} must answer")
+    if isinstance(federation.sampling, Fixed) and federation.sampling.size < enough:
+        raise BadInput(f"{federation.sampling} asks fewer sites than enough={enough}; ask more, or leave `enough` out")
+    if federation.collect.shows is Sight.SUM:
+        raise UnsoundCombination(
+            f"{federation.collect} reveals one sum, once all have answered or their time is over; leave `enough` out, "
+            "or use Clear()"
+        )
+    if federation.privacy is not None and federation.privacy.central and federation.privacy.unit == "site":
+        raise UnsoundCombination(
+            f"with enough={enough} a site that answers early pushes another one out of the sum, which "
+            f"{type(federation.privacy).__name__} has not reckoned with; leave `enough` out"
+        )
 
 
 def _check_aggregation(federation: Parts) -> None:

@@ -21,6 +21,7 @@ class Tally:
     accepted: int = 0
     answered: list[PartyId] = field(default_factory=list)
     absent: dict[PartyId, str] = field(default_factory=dict)
+    refused: list[PartyId] = field(default_factory=list)
     unmeasured: dict[PartyId, str] = field(default_factory=dict)
     per_site: dict[PartyId, Mapping[str, float]] = field(default_factory=dict)
     aggregation_errors: Mapping[str, float] | None = None
@@ -42,6 +43,16 @@ class Tally:
         self.accepted += count
         self.answered.extend(senders)
 
+    def refuse(self, senders: Sequence[PartyId], why: str) -> None:
+        """What they have sent cannot be used."""
+        self.absent |= dict.fromkeys(senders, why)
+        self.refused.extend(senders)
+
+    def late(self, why: str) -> None:
+        """Nobody waits any more for the sites that have not answered."""
+        heard = {*self.answered, *self.absent}
+        self.absent |= {site: why for site in self.cohort if site not in heard}
+
     def only(self, updates: Iterator[Update]) -> Update:
         """What arrives where a collect shows nothing but the mean. Raises RoundLost if it cannot be used."""
         found = list(updates)
@@ -59,6 +70,7 @@ class Tally:
             cohort=self.cohort,
             per_site=self.per_site,
             absent=self._tellable(self.absent),
+            refused=tuple(self.refused) if self.told else (),
             unmeasured=self.unmeasured,
             aggregation_errors=self.aggregation_errors,
             releases=self.releases,

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from fedelta.core.extras import require
+from fedelta.observe.logs import JsonLines
 
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
     from fedelta.cli.experiment import Experiment
     from fedelta.fleet.wire import Credentials
 
+log = logging.getLogger(__name__)
 Command = Callable[..., Any]
 
 _OPTIONS: tuple[Callable[[Command], Command], ...] = (
@@ -32,6 +34,13 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
         "--insecure",
         is_flag=True,
         help="Without TLS, on this machine alone: whoever reaches the port may be anybody. For a first try.",
+    ),
+    click.option(
+        "--log",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Form of what is logged to standard error: a line for people, or a line of JSON.",
     ),
 )
 
@@ -52,7 +61,7 @@ def trusted(
             "give --certificates with this party's folder; or --insecure, on this machine alone, to try things out"
         )
     if certificates is None:
-        click.echo("fedelta: --insecure: no TLS; any process of this machine may take part under any name", err=True)
+        log.warning("--insecure: no TLS; any process of this machine may take part under any name")
         return None, None
     from fedelta.fleet.own_files import Party
     from fedelta.fleet.wire import Credentials
@@ -75,11 +84,14 @@ def loaded(
     return experiment, replace(federation, entropy=entropy, plan=federation.plan.plain)
 
 
-def log_to_stderr() -> None:
-    """One line for each thing that happens to a stream."""
+def log_to_stderr(form: str) -> None:
+    """One line for each thing that happens to a stream; as JSON also for each round, and for warnings of libraries."""
+    as_json = form == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("fedelta")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [handler]  # of one command, where several run in a process
-    logger.propagate = False
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.captureWarnings(as_json)
+    for name in ("fedelta", "opentelemetry", *(["py.warnings"] if as_json else [])):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]  # of one command, where several run in a process
+        logger.propagate = False
+    logging.getLogger("fedelta").setLevel(logging.DEBUG if as_json else logging.INFO)

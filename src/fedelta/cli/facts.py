@@ -6,19 +6,20 @@ FedSB begins with whole weights). The door counts the bytes of every reply, what
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast_encrypted import encrypted_bytes
-from fedelta.algorithms.forecast_sums import masked_bytes
-from fedelta.algorithms.parts import Float32
+from fedelta.algorithms.forecast_sums import masked_bytes, summed
+from fedelta.algorithms.parts import Collect, Float32
 from fedelta.algorithms.rehearsal import Piece
 from fedelta.core import codec
 from fedelta.core.digest import digest
-from fedelta.core.messages import PartyId
-from fedelta.core.parameters import Layout
+from fedelta.core.messages import PartyId, Update
+from fedelta.core.parameters import Layout, Parameters
 from fedelta.fleet.policy import Facts, Way, Work
 from fedelta.learning.pretrained import Pretrained
 from fedelta.privacy.example_level import ROWS
@@ -27,8 +28,11 @@ from fedelta.secure.homomorphic import HomomorphicEncryption
 from fedelta.secure.protocol_coordinator import STEPS
 
 
-def facts(federation: Federation[Any], site: PartyId) -> Facts:
-    """Of `federation`, as `site` takes part in it. Builds the model; raises what `Federation.init` does."""
+def facts(federation: Federation[Any], site: PartyId, sites: Sequence[PartyId] = ()) -> Facts:
+    """Of `federation`, as `site` takes part in it; `sites` are all that do, or none where this site does not know.
+
+    Builds the model; raises what `Federation.init` does, and BadInput where so many sites have no secure sum.
+    """
     layout = federation.algorithm.layout(federation.init().algorithm, site)
     work: set[Work] = {"train"}
     if federation.validate_at_sites:
@@ -37,6 +41,7 @@ def facts(federation: Federation[Any], site: PartyId) -> Facts:
         work.add("statistics")
     collect, privacy, model = federation.collect, federation.privacy, federation.algorithm.task.model
     masked = isinstance(collect, SecureAggregation)
+    update = _update_bytes(federation, layout)
     return Facts(
         experiment=digest(federation),
         work=frozenset(work),
@@ -45,8 +50,10 @@ def facts(federation: Federation[Any], site: PartyId) -> Facts:
         training=f"{type(federation.algorithm).__name__}, {federation.algorithm.training}",
         tuning=repr(model.tuning) if isinstance(model, Pretrained) else "as the experiment's model says",
         tensors=tuple(entry.name for entry in layout.entries),
+        shapes=tuple(entry.shape for entry in layout.entries),
         parameters=layout.size,
-        update_bytes=_update_bytes(federation, layout),
+        update_bytes=update,
+        round_bytes=_round_bytes(federation, update, sites),
         collect=_way(federation),
         identities=isinstance(collect, SecureAggregation) and collect.identities is not None,
         least=collect.least,
@@ -72,13 +79,51 @@ def _update_bytes(federation: Federation[Any], layout: Layout) -> int | None:
     """Of the reply to "train"; None where the experiment transforms updates in its own way."""
     if federation.stages or federation.encoding != Float32():
         return None
-    pieces = _pieces(federation, layout)
-    privacy, collect = federation.privacy, federation.collect
+    privacy = federation.privacy
     public: Sequence[str] = (ROWS,) if privacy is not None and ROWS in privacy.numbers else ()
-    match collect:
-        case SecureAggregation():
-            return masked_bytes(collect, pieces, public, None if privacy is None else privacy.whole)
-        case HomomorphicEncryption():
+    whole = None if privacy is None else privacy.whole
+    return _bytes(federation, _pieces(federation, layout), public, whole)
+
+
+def _round_bytes(federation: Federation[Any], update: int | None, sites: Sequence[PartyId]) -> int | None:
+    """Of all messages of a site that is asked for all that there is in a round, together with all others."""
+    collect = federation.collect
+    masked = isinstance(collect, SecureAggregation)
+    if update is None or (masked and not sites):
+        return None
+    found = update + _steps_bytes(collect, _largest(federation, sites))
+    if federation.validate_at_sites:
+        sums = dict.fromkeys(federation.algorithm.task.objective.sums, 0.0)
+        told = Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
+        pieces = [
+            Piece(name=name, dtype=str(one.dtype).removeprefix("torch."), shape=tuple(one.shape))
+            for name, one in told.items()
+        ]
+        found += _bytes(federation, pieces, (), None) + _steps_bytes(collect, sites)
+    return found
+
+
+def _largest(federation: Federation[Any], sites: Sequence[PartyId]) -> Sequence[PartyId]:
+    """The largest cohort of all rounds; all sites where they are drawn in secret."""
+    if not sites or federation.entropy == "system":
+        return sites
+    rounds = range(1, federation.rounds + 1)
+    return max((federation.sampling(sites, number, federation.seed) for number in rounds), key=len, default=sites)
+
+
+def _steps_bytes(collect: Collect, sites: Sequence[PartyId]) -> int:
+    """Of a site's messages around its answer, where the answers of these sites are added up; an empty one is none."""
+    return summed(collect, sites, (), ()).each_up - codec.size({}) if isinstance(collect, SecureAggregation) else 0
+
+
+def _bytes(
+    federation: Federation[Any], pieces: Sequence[Piece], public: Sequence[str], whole: Literal[16, 32] | None
+) -> int:
+    """Of an answer that has these tensors before a collect hides them; the sums `public` it does not."""
+    match federation.collect:
+        case SecureAggregation() as collect:
+            return masked_bytes(collect, pieces, public, whole)
+        case HomomorphicEncryption() as collect:
             return encrypted_bytes(collect, pieces, public)
     return codec.size({piece.name: _blank(piece) for piece in pieces})
 

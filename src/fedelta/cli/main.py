@@ -18,12 +18,15 @@ _COMMANDS = {
     "ca": "A small certificate authority: who may join a coordinator, and which coordinator is the right one.",
     "combinations": "Tell which algorithms, guarantees and parts go together, and why others do not.",
     "demo": "A pre-trained model federated over 8 unequal sites, against every baseline; offline, in a minute.",
+    "departures": "Check a site's own log of what left it, and tell what was in it.",
     "finetune": "Fine-tune a Hugging Face model over a table split among sites, with no Python written.",
     "join": "Take part in a run as a site: open a stream to its coordinator, and answer what it asks.",
     "ledger": "Check a privacy ledger, and tell what was released and what it adds up to.",
     "plan": "Tell what a run of an experiment file will send, need and show, before anything is sent.",
     "run": "Simulate an experiment file.",
     "serve": "Coordinate a run whose sites are elsewhere and join it over mutual TLS.",
+    "signatures": "Check what the other parties of a run have signed.",
+    "sites": "The sites of a run of `serve`: who is here, who counted, who is in quarantine and why.",
     "stats": "Counts, means, histograms and quantiles over the sites, of which only sums are seen.",
 }
 

@@ -10,18 +10,18 @@ from urllib.parse import quote
 
 import click
 from rich.console import Console
-from torch import nn
 
 from fedelta import __version__
-from fedelta.algorithms.federation import Federation, FederationState
+from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.planning import planned
+from fedelta.algorithms.state import FederationState
 from fedelta.cli.experiment import Sites
 from fedelta.cli.guarantees import amount, collected
 from fedelta.cli.held import Held
+from fedelta.cli.models import Models, guaranteed
 from fedelta.cli.options import RunSettings
-from fedelta.cli.privacy import SIMULATED, described, ledger_in
+from fedelta.cli.privacy import described, ledger_in
 from fedelta.cli.releases import privacy_sections, sight_section
-from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, FedeltaError
 from fedelta.core.examples import Examples
@@ -30,15 +30,11 @@ from fedelta.core.program import Fleet, Report, Sight, run
 from fedelta.fleet.answer import Sites as SitesHere
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
-from fedelta.learning.adapted import origin, ranks
 from fedelta.learning.objectives import IGNORED
 from fedelta.learning.plan import Plan
-from fedelta.learning.pretrained import Pretrained, processor, tokenizer
-from fedelta.learning.saving import base_moves, frozen_digest, loaded_by, save
 from fedelta.learning.text import per_token
 from fedelta.observe.card import Card
-from fedelta.observe.files import replace_file
-from fedelta.observe.folder import RunFolder, read_manifest
+from fedelta.observe.folder import STATE, RunFolder, read_manifest
 from fedelta.observe.manifest import differences, environment, flat
 from fedelta.observe.mlflow_run import MLflow
 from fedelta.observe.page import write_page
@@ -157,13 +153,10 @@ class Simulation:
     @contextmanager
     def _folder(self, digests: dict[str, str | None], console: Console) -> Iterator[RunFolder]:
         plan, test = self.federation.plan.plain, self.federation.test
-        # On the CPU, whatever the device: CUDA must not be in use when workers are forked. They inherit this copy.
-        task = self.federation.algorithm.task
-        working = task.flat(self.federation.seed, replace(plan, device="cpu"))
         manifest: dict[str, Plain] = {
             "title": self.title,
             "experiment": digest(self.federation),
-            "model": frozen_digest(working.module),
+            "model": self.federation.frozen(),
             "seed": self.federation.seed,
             "data": {"sites": dict(digests), "test": test.digest() if test is not None else None},
             "plan": {"threads": THREADS, **asdict(plan)},
@@ -289,8 +282,7 @@ class Simulation:
         page = self._report(folder, reports, held)
         if self.federation.test is not None and "test_loss" in metrics:  # a finished run may get a test set later
             console.print(test_line(metrics, _counted(self.federation.test)))
-        what = "A model for each site" if self.federation.algorithm.personal else "Model"
-        console.print(f"{what}: {saved}\nReport: {page}", markup=False, soft_wrap=True)
+        console.print(f"{saved}\nReport: {page}", markup=False, soft_wrap=True)
 
     def _report(self, folder: RunFolder, reports: list[Report], held: Held) -> Path:
         """Write the HTML report of the rounds so far."""
@@ -300,56 +292,30 @@ class Simulation:
         write_page(page, run_page(self.title, reports, manifest=folder.manifest, sections=sections))
         return page
 
-    def _save(self, state: FederationState[Any], reports: Sequence[Report], memory: Path) -> Path:
-        """The model, or the folder with one for each site, where a part of it never left them."""
-        if not self.federation.algorithm.personal:
-            return self._save_one(self.federation.model(state), self.settings.out, "model", reports)
-        folder, sites = self.settings.out / "models", SitesHere(self.sites, memory)
-        folder.mkdir(exist_ok=True)
-        for name in self.sites.names:
-            site = sites.of(Request(to=name, op="save", round=state.round))
-            self._save_one(self.federation.model_at(state, site), folder, quote(name, safe=" "), reports)
-        return folder
-
-    def _save_one(self, module: nn.Module, out: Path, name: str, reports: Sequence[Report]) -> Path:
-        """A folder that transformers or peft loads, or the state dict of another module."""
-        source = origin(self.federation.algorithm.task.model)
-        if isinstance(source, Pretrained):
-            beside = tokenizer(source.source) if source.kind.reads_text else processor(source.source)
-            save(module, out / name, beside, card=self._card(source, module).text(reports, __version__))
-            return out / name
-        path = out / f"{name}.safetensors"
-        replace_file(path, codec.encode({name: tensor.detach() for name, tensor in module.state_dict().items()}))
-        return path
-
-    def _card(self, source: Pretrained, module: nn.Module) -> Card:
-        algorithm = self.federation.algorithm
-        folder = Path(source.source).expanduser()
-        base = folder.resolve().name if folder.is_dir() else source.source
-        return Card(
-            title=self.title.replace(source.source, base),  # a path says nothing elsewhere
-            base=base,
-            updates=collected(self.federation),
-            privacy=self._guarantee(),
-            base_digest=frozen_digest(module),
-            tuning=str(source.tuning),
-            algorithm=type(algorithm).__name__,
+    def _save(self, state: FederationState[Any], reports: Sequence[Report], memory: Path) -> str:
+        """Where the model is now, or the folder with one for each site, where a part of it never left them."""
+        federation, out = self.federation, self.settings.out
+        models = Models(
+            title=self.title,
+            federation=federation,
             sites=len(self.sites.names),
-            library=loaded_by(module),
-            ranks={} if base_moves(module) else ranks(module),
-            tiers=getattr(algorithm, "ranks", {}),
+            privacy=guaranteed(federation),
             classes=self.classes,
         )
 
-    def _guarantee(self) -> str:
-        """What the model card says of what can be learned about the sites' rows."""
-        privacy = self.federation.privacy
-        if privacy is None:
-            return "not bounded: no noise was accounted for"
-        assert self.federation.guard is not None
-        spent = self.federation.guard.spent()
-        text = f"{privacy.unit}-level differential privacy, epsilon {spent:.4g} at delta {privacy.delta:g}"
-        return text if self.federation.entropy == "system" else f"{text}, {SIMULATED}"
+        def told(card: Card) -> str:
+            return card.text(reports, __version__)
+
+        if not federation.algorithm.personal:
+            return f"Model: {models.write(federation.model(state), out, 'model', told)}"
+        if self.elsewhere is not None:
+            return f"A model for each site: at that site alone; what they have in common is in {out / STATE}"
+        folder, sites = out / "models", SitesHere(self.sites, memory)
+        folder.mkdir(exist_ok=True)
+        for name in self.sites.names:
+            site = sites.of(Request(to=name, op="save", round=state.round))
+            models.write(federation.model_at(state, site), folder, quote(name, safe=" "), told)
+        return f"A model for each site: {folder}"
 
 
 def _counted(examples: Examples) -> int:

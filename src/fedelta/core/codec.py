@@ -16,7 +16,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -53,6 +53,7 @@ _NAMES: Mapping[torch.dtype, str] = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+_SHORT = 2**14  # bytes of a header that is worth remembering
 _METADATA = "__metadata__"
 _MAX_DIMS = 64  # PyTorch's own limit
 _MAX_BYTES = 2**63 - 1  # so that sizes and strides fit into PyTorch's integers
@@ -214,17 +215,25 @@ def _check_plain(value: object) -> None:
         )
 
 
-def _parse_header(text: bytes) -> tuple[list[_Entry], dict[str, Plain]]:
+def _parse_header(text: bytes) -> tuple[Sequence[_Entry], dict[str, Plain]]:
     """The entries in the order of their offsets, and the metadata."""
+    entries, own = (_remembered if len(text) <= _SHORT else _members)(text)
+    meta = {} if own is None else _parse_object(own.encode(), "metadata", int, _finite_float)
+    return entries, meta
+
+
+def _members(text: bytes) -> tuple[Sequence[_Entry], str | None]:
+    """The entries in the order of their offsets, and the text of the metadata."""
     header = _parse_object(text, "header", _header_int, _no_number)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadTensors(f"the header's {_METADATA} is not an object of texts")
     entries = [_Entry(name, plain) for name, plain in header.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
-    own = metadata.get("fedelta")
-    meta = {} if own is None else _parse_object(own.encode(), "metadata", int, _finite_float)
-    return entries, meta
+    return tuple(entries), metadata.get("fedelta")
+
+
+_remembered = functools.lru_cache(maxsize=64)(_members)  # many sites send the same header
 
 
 def _parse_object(
@@ -277,7 +286,7 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)  # a bool is no size
 
 
-def _check_offsets(entries: list[_Entry], available: int) -> None:
+def _check_offsets(entries: Sequence[_Entry], available: int) -> None:
     end = 0
     for entry in entries:
         if entry.begin != end:

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedelta.core.examples import Array, Examples
 from fedelta.core.heap import keep_freed_memory
@@ -36,6 +36,7 @@ class Report:
     cohort: Sequence[PartyId] = ()
     per_site: Mapping[PartyId, Mapping[str, float]] = field(default_factory=dict)  # where the coordinator sees them
     absent: Mapping[PartyId, str] = field(default_factory=dict)  # site of the cohort -> why it is not in the total
+    refused: Sequence[PartyId] = ()  # of the absent: those whose update came, and could not be used
     unmeasured: Mapping[PartyId, str] = field(default_factory=dict)  # site -> why its evaluation is missing
     # layer -> what the aggregation of LoRA's factors lost (aggregation/factors.py: Meter); empty if not observable,
     aggregation_errors: Mapping[str, float] | None = None  # None if there was nothing to measure
@@ -51,7 +52,8 @@ class Site:
     """A party that owns data, as its half of a program sees it.
 
     `scratch` lives for one attempt and is never written to disk; `memory` lasts over rounds. `given` has, for each kind
-    of request, the last round that it has worked on, where it must do so only once.
+    of request, the last round that it has worked on, where it must do so only once. `keep(model, round)` is what the
+    owner does with the model that a run ends with, such as saving it; None: it is handed none, as in a simulation.
     """
 
     id: PartyId
@@ -59,6 +61,7 @@ class Site:
     memory: Memory = field(default_factory=Memory)
     scratch: dict[str, object] = field(default_factory=dict)
     given: dict[str, int] = field(default_factory=dict)
+    keep: Callable[[nn.Module, int], object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,14 @@ class ManyProgram(Program[S], Protocol[S]):
 
         A site that fails is an entry of `errors`, so that the others are not lost.
         """
+        ...
+
+
+class FrozenProgram(Program[S], Protocol[S]):
+    """A program whose model has weights that do not travel."""
+
+    def frozen(self) -> str | None:
+        """Digest of what every party has to have already, alike; None if there is nothing of the kind."""
         ...
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.memory import Memory
 from fedelta.core.messages import Meta, PartyId, Replies, Reply, Request, Requests, Tensors
-from fedelta.core.program import ManyProgram, Program, Site, SiteData
+from fedelta.core.program import FrozenProgram, ManyProgram, Program, Site, SiteData
 from fedelta.fleet.blocks import check_dense
 
 _ABSENT = (FedeltaError, OSError, MemoryError, RuntimeError)  # of the last one, only a lack of memory
@@ -70,6 +71,12 @@ def answer_many(program: Program[Any], requests: Requests, sites: Sequence[Site]
     return replies
 
 
+def frozen(program: Program[Any]) -> str:
+    """Digest of the weights that every party has to have already, as FrozenProgram says it; empty if there are none."""
+    found = getattr(program, "frozen", None)
+    return "" if found is None else cast(FrozenProgram[Any], program).frozen() or ""
+
+
 def _why_absent(error: Exception) -> str:
     """One sentence about what a user can mend; anything else is raised again."""
     if isinstance(error, FedeltaError):
@@ -106,12 +113,18 @@ class Sites:
 
     `load(name)` is the experiment's `site` function. Its result is kept once it has succeeded; a failure is raised anew
     at every attempt to read the data. `spill` is the folder where the sites' memory is kept, one folder per site; None:
-    in this process.
+    in this process. `keep` is each site's own (Site.keep).
     """
 
-    def __init__(self, load: Callable[[str], object], spill: Path | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[str], object],
+        spill: Path | None = None,
+        keep: Callable[[nn.Module, int], object] | None = None,
+    ) -> None:
         self._load = load
         self._spill = spill
+        self._keep = keep
         self._sites: dict[PartyId, Site] = {}
         self._attempts: dict[PartyId, tuple[str, int, int]] = {}
 
@@ -134,7 +147,7 @@ class Sites:
         site = self._sites.get(name)
         if site is None:
             memory = Memory() if self._spill is None else Memory(self._spill / _folder_name(name))
-            site = self._sites[name] = Site(id=name, data=_once(self._load, name), memory=memory)
+            site = self._sites[name] = Site(id=name, data=_once(self._load, name), memory=memory, keep=self._keep)
         if self._attempts.get(name) != attempt:
             site.scratch.clear()
             self._attempts[name] = attempt

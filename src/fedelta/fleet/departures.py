@@ -28,6 +28,7 @@ from fedelta.core.messages import Reply, Request
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+FILE = "departures.jsonl"  # in the folder that a site keeps
 DAY = timedelta(hours=24)
 _TEXT = 600  # characters of a text that others may have chosen
 

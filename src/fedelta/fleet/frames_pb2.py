@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x65lta/fleet/frames.proto\x12\x07\x66\x65\x64\x65lta\"\xab\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nexperiment\x18\x03 \x01(\t\x12.\n\x08versions\x18\x04 \x03(\x0b\x32\x1c.fedelta.Hello.VersionsEntry\x12\r\n\x05known\x18\x05 \x03(\x0c\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"(\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\"(\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\"\x8a\x01\n\x07Request\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\n\n\x02to\x18\x02 \x01(\t\x12\n\n\x02op\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\x12\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x12\x12\x0c\n\x04\x62\x61se\x18\x07 \x01(\x12\x12\x0e\n\x06shared\x18\x08 \x01(\x04\x12\x0c\n\x04\x62ody\x18\t \x01(\x04\"d\n\x05Reply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x12\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x08\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x0c\n\x04\x62ody\x18\x06 \x01(\x04\"\x17\n\x05\x41gain\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x16\n\x04Over\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x65lta/fleet/frames.proto\x12\x07\x66\x65\x64\x65lta\"\xba\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nexperiment\x18\x03 \x01(\t\x12.\n\x08versions\x18\x04 \x03(\x0b\x32\x1c.fedelta.Hello.VersionsEntry\x12\r\n\x05known\x18\x05 \x03(\x0c\x12\r\n\x05model\x18\x06 \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\"(\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\"\xc5\x01\n\x07Request\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\n\n\x02to\x18\x02 \x01(\t\x12\n\n\x02op\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\x12\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x12\x12\x0c\n\x04\x62\x61se\x18\x07 \x01(\x12\x12\x0e\n\x06shared\x18\x08 \x01(\x04\x12\x0c\n\x04\x62ody\x18\t \x01(\x04\x12\x13\n\x0bshared_head\x18\n \x01(\x0c\x12\x11\n\tbody_head\x18\x0b \x01(\x0c\x12\x11\n\tsignature\x18\x0c \x01(\x0c\"\x8a\x01\n\x05Reply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x12\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x08\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x0c\n\x04\x62ody\x18\x06 \x01(\x04\x12\x11\n\tbody_head\x18\x07 \x01(\x0c\x12\x11\n\tsignature\x18\x08 \x01(\x0c\"\x17\n\x05\x41gain\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x16\n\x04Over\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_VERSIONSENTRY']._loaded_options = None
   _globals['_HELLO_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_HELLO']._serialized_start=40
-  _globals['_HELLO']._serialized_end=211
-  _globals['_HELLO_VERSIONSENTRY']._serialized_start=164
-  _globals['_HELLO_VERSIONSENTRY']._serialized_end=211
-  _globals['_WELCOME']._serialized_start=213
-  _globals['_WELCOME']._serialized_end=253
-  _globals['_REFUSED']._serialized_start=255
-  _globals['_REFUSED']._serialized_end=295
-  _globals['_REQUEST']._serialized_start=298
-  _globals['_REQUEST']._serialized_end=436
-  _globals['_REPLY']._serialized_start=438
-  _globals['_REPLY']._serialized_end=538
-  _globals['_AGAIN']._serialized_start=540
-  _globals['_AGAIN']._serialized_end=563
-  _globals['_CANCEL']._serialized_start=565
-  _globals['_CANCEL']._serialized_end=589
-  _globals['_OVER']._serialized_start=591
-  _globals['_OVER']._serialized_end=613
+  _globals['_HELLO']._serialized_end=226
+  _globals['_HELLO_VERSIONSENTRY']._serialized_start=179
+  _globals['_HELLO_VERSIONSENTRY']._serialized_end=226
+  _globals['_WELCOME']._serialized_start=228
+  _globals['_WELCOME']._serialized_end=289
+  _globals['_REFUSED']._serialized_start=291
+  _globals['_REFUSED']._serialized_end=331
+  _globals['_REQUEST']._serialized_start=334
+  _globals['_REQUEST']._serialized_end=531
+  _globals['_REPLY']._serialized_start=534
+  _globals['_REPLY']._serialized_end=672
+  _globals['_AGAIN']._serialized_start=674
+  _globals['_AGAIN']._serialized_end=697
+  _globals['_CANCEL']._serialized_start=699
+  _globals['_CANCEL']._serialized_end=723
+  _globals['_OVER']._serialized_start=725
+  _globals['_OVER']._serialized_end=747
 # @@protoc_insertion_point(module_scope)

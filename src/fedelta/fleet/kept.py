@@ -7,6 +7,7 @@ has worked on (Site.given) survives a power cut as well, since on it rests that 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from typing import Any, cast
 import torch
 
 from fedelta.core import codec
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.messages import Meta, PartyId, Reply
 from fedelta.core.program import Site
 from fedelta.fleet.wire import Outgoing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -41,7 +44,7 @@ class Kept:
         self.run: str | None = None
         self.memory: Path | None = None
         self._root = folder
-        self._folder: Path | None = None
+        self.folder: Path | None = None  # of the run
         self._given: dict[str, int] = {}
         self._recalled: set[PartyId] = set()
         self._latest: tuple[str, int] | None = None
@@ -53,7 +56,7 @@ class Kept:
         self.run, self._recalled, self._given, self._latest = run, set(), {}, None
         if self._root is None:
             return {}
-        self._folder = folder = self._root / hashlib.sha256(run.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        self.folder = folder = self._root / hashlib.sha256(run.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         self.memory = folder / "memory"
         for made in (self.memory, folder / "replies"):
             made.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ class Kept:
         except OSError:
             raise BadInput(f"another process takes part with the folder {self._root}; end it, or use another") from None
         self._given = self._read_given(folder / "given.json")
-        return {bytes.fromhex(path.name): self._read(path) for path in (folder / "replies").glob("?" * 64)}
+        return self._replies(folder / "replies")
 
     def close(self) -> None:
         if self._lock is not None:
@@ -78,15 +81,15 @@ class Kept:
 
     def take_down(self, site: Site) -> None:
         """Make durable what the site has worked on, where that has changed."""
-        if self._folder is not None and dict(site.given) != self._given:
+        if self.folder is not None and dict(site.given) != self._given:
             self._given = dict(site.given)
-            _replace(self._folder / "given.json", json.dumps(self._given).encode())
+            _replace(self.folder / "given.json", json.dumps(self._given).encode())
 
     def store(self, said: bytes, reply: Reply, job: str) -> None:
         """Keep a reply, and those of its round; forget the others."""
-        if self._folder is None:
+        if self.folder is None:
             return
-        folder = self._folder / "replies"
+        folder = self.folder / "replies"
         if self._latest != (job, reply.round):
             for path in folder.iterdir():
                 path.unlink()
@@ -96,6 +99,17 @@ class Kept:
         with part.open("wb") as file:
             codec.write(file, reply.body, meta)
         part.replace(folder / said.hex())
+
+    def _replies(self, folder: Path) -> dict[bytes, Stored]:
+        """Those that are whole; a power cut may have left others, and `given` keeps them from being given anew."""
+        found = {}
+        for path in folder.glob("?" * 64):
+            try:
+                found[bytes.fromhex(path.name)] = self._read(path)
+            except (ValueError, KeyError, RuntimeError, OSError, BadTensors):
+                log.warning("%s is damaged, and is left out", path)
+                path.unlink()
+        return found
 
     def _read(self, path: Path) -> Stored:
         raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -1,8 +1,7 @@
 """A site: it opens a stream to the coordinator, answers what it is asked, and comes back when the stream breaks.
 
-One request is worked on at a time, in a thread of its own; sites that share a process train one after the other, since
-PyTorch's random generator is the process's. A request is known by its digest: the same one again gets the stored
-reply, and is not answered a second time.
+One request is worked on at a time, in a thread that the sites of a process share. A request is known by its digest: the
+same one again gets the stored reply, and is not answered a second time.
 
 With a folder, what must outlast the process is in it, for each run apart: the site's memory, which rounds it has worked
 on (Site.given), and its replies of the latest round. They survive `kill -9`; `given` a power cut as well.
@@ -10,25 +9,29 @@ on (Site.given), and its replies of the latest round. They survive `kill -9`; `g
 
 import asyncio
 import logging
-import queue
 import random
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import nn
 
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.messages import PartyId, Reply, Request
 from fedelta.core.program import Program
 from fedelta.core.threads import intra_op_threads
+from fedelta.fleet import certificate_forms as forms
 from fedelta.fleet import frames_pb2 as frames
-from fedelta.fleet.answer import Sites, answer
+from fedelta.fleet import signatures
+from fedelta.fleet.address import check_address, is_loopback
+from fedelta.fleet.answer import Sites, answer, frozen
 from fedelta.fleet.kept import Kept, Stored
-from fedelta.fleet.loop import loop, wait
-from fedelta.fleet.remote import check_address, is_loopback
+from fedelta.fleet.loop import call, wait, work
+from fedelta.fleet.receipts import Receipts
 from fedelta.fleet.wire import (
     METHOD,
     MOST_KNOWN,
@@ -39,18 +42,19 @@ from fedelta.fleet.wire import (
     Refused,
     checked_size,
     clean,
+    digest_of,
     frame,
     grpc,
     parse,
     replying,
     request_of,
+    sendable,
     transport,
     versions,
 )
 
 log = logging.getLogger(__name__)
-_TURN = threading.Lock()  # one site of a process works at a time
-_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, BadTensors, OSError)
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, BadTensors, OSError, MemoryError)
 _AHEAD = 4  # requests that wait at a site; a coordinator sends the next one when nobody waits for the one before
 
 
@@ -100,7 +104,8 @@ class Member:
     """The site `name` of an experiment, to be run by `run`; `stop`, from another thread or a signal, ends it.
 
     `at` is the coordinator's HOST:PORT. `credentials` None means no TLS, to a loopback address only. `folder` is made
-    where it is not there, and belongs to this site alone; None: everything ends with the process. `threads` is the
+    where it is not there, and belongs to this site alone; None: everything ends with the process. `keep(model, round)`
+    gets the model with which the run ends, if the coordinator hands it over; None: it is not taken. `threads` is the
     number of intra-op threads, as in Local.
     """
 
@@ -113,6 +118,7 @@ class Member:
         at: str,
         credentials: Credentials | None,
         folder: Path | None = None,
+        keep: Callable[[nn.Module, int], object] | None = None,
         threads: int = 1,
         guards: Guards | None = None,
         patience: Patience = Patience(),
@@ -121,12 +127,15 @@ class Member:
             raise BadInput(f"Member.threads must be >= 1, got {threads}")
         check_address(at, credentials)
         self._program, self._load, self._name = program, site, name
-        self._experiment = digest(program)
+        self._experiment, self._model = digest(program), frozen(program)
         self._at, self._credentials = at, credentials
+        self._signer = None if credentials is None else signatures.Signer(credentials.key)
+        self._coordinator = b""  # its certificate, in DER
+        self._receipts = Receipts(None)
         self._threads, self._guards, self._patience = threads, guards, patience
         self._kept = Kept(folder)
+        self._keep = keep
         self._sites: Sites | None = None
-        self._work: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # digests of requests, in their order
         self._waiting: dict[bytes, Request] = {}  # those that were not begun
         self._pending: set[bytes] = set()  # requests that wait, or are worked on
         self._answers: dict[bytes, Stored] = {}  # of the latest round
@@ -138,33 +147,29 @@ class Member:
 
         Raises Refused with the coordinator's reason where it does not let this site in.
         """
-        worker = threading.Thread(target=self._worker, name=f"fedelta-site-{self._name}", daemon=True)
-        worker.start()
         try:
             return wait(self._stay())
         finally:
-            self._work.put(None)
-            self._kept.close()
+            self._waiting.clear()
+            if self._pending:
+                call(work, self._kept.close)  # after what is being worked on, which writes there
+            else:
+                self._kept.close()
 
     def stop(self) -> None:
         """End `run`; what the site works on is given up."""
-        loop().call_soon_threadsafe(self._stopped.set)
+        call(self._stopped.set)
 
     # In the thread that works.
 
-    def _worker(self) -> None:
-        while (said := self._work.get()) is not None:
-            request = self._waiting.pop(said, None)
-            if request is None:  # it was cancelled
-                continue
-            stored = self._stored(said, request)
-            del request
-            loop().call_soon_threadsafe(self._answered, said, stored)
+    def _turn(self, said: bytes) -> None:
+        request = self._waiting.pop(said, None)
+        if request is not None:  # it was not cancelled
+            call(self._answered, said, self._stored(said, request))
 
     def _stored(self, said: bytes, request: Request) -> Stored:
         """The reply to a request, which has been taken down and may leave."""
-        with _TURN:
-            reply = self._answer(request)
+        reply = self._answer(request)
         try:
             message = Outgoing(reply.body, reply.meta)
             if self._guards is not None:
@@ -172,7 +177,7 @@ class Member:
             if reply.error is None:  # after it was taken down: what is stored is sent without asking again
                 self._kept.store(said, reply, request.job)
         except Exception as error:
-            log.exception("the reply to %s was kept back", request.id)
+            log.exception("the reply to %s was kept back", request.id, extra=_known_of("kept back", request))
             why = str(error) if isinstance(error, BadInput) else "what would have left could not be taken down or kept"
             reply, message = Reply.failure(request, why), Outgoing({})
         return Stored(reply.answers, reply.round, request.job, reply.error, message)
@@ -181,7 +186,7 @@ class Member:
         try:
             why = None if self._guards is None else self._guards.refuse(request)
             if why is not None:
-                log.warning("request %s is refused: %s", request.id, why)
+                log.warning("request %s is refused: %s", request.id, why, extra=_known_of("refused", request))
                 return Reply.failure(request, why)
             assert self._sites is not None
             site = self._sites.of(request)
@@ -192,7 +197,7 @@ class Member:
             finally:
                 self._kept.take_down(site)
         except BaseException as error:  # of the program: whoever asked is told, and the site stays
-            log.exception("request %s failed", request.id)
+            log.exception("request %s failed", request.id, extra=_known_of("failed", request))
             return Reply.failure(request, f"a bug at the site ({type(error).__name__}); its log has the traceback")
 
     # In the event loop.
@@ -212,7 +217,10 @@ class Member:
                 over = came.result()
             except (*_BROKEN, asyncio.CancelledError) as error:  # the other side may have cancelled the call
                 details = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                log.warning("no connection to %s: %s", self._at, clean(details or type(error).__name__))
+                why = _why_broken(clean(details or type(error).__name__))
+                broken = {"event": "broken", "site": self._name}
+                log.warning("no connection to %s, and another try in a moment: %s", self._at, why, extra=broken)
+                self._check_certificate()
                 over = None
             if over is not None:
                 return over
@@ -242,6 +250,7 @@ class Member:
                 protocol=PROTOCOL,
                 name=self._name,
                 experiment=self._experiment,
+                model=self._model,
                 versions=versions(),
                 known=self._known(),
             )
@@ -252,7 +261,10 @@ class Member:
                 return self._heard(welcome)
             if not isinstance(welcome, frames.Welcome) or welcome.protocol != PROTOCOL:
                 raise BadTensors(f"a coordinator begins with a Welcome of version {PROTOCOL}")
-            log.info("connected to %s", self._at)
+            if self._credentials is not None:
+                host = self._at.rpartition(":")[0]
+                self._coordinator = signatures.coordinator(welcome.certificate, self._credentials.root, host)
+            log.info("connected to %s", self._at, extra={"event": "joined", "site": self._name})
             self._enter(welcome.run)
             self._stream = stream = _Stream(call)
             writer = asyncio.create_task(self._write(stream))
@@ -262,12 +274,21 @@ class Member:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
 
+    def _check_certificate(self) -> None:
+        """TLS ends a connection without a word: nobody else says that a certificate has expired."""
+        if self._credentials is not None:
+            end = forms.read_certificate(self._credentials.chain, "its certificate").not_valid_after_utc
+            if datetime.now(UTC) > end:
+                raise Refused(
+                    f"the certificate of {self._name!r} has expired on {forms.day(end)}; ask the authority for another"
+                )
+
     def _heard(self, said: Any) -> str | None:
         """Why the coordinator ended the stream; raises Refused if coming back would not help."""
         reason = clean(said.reason)
         if said.final:
             raise Refused(reason)
-        log.warning("the coordinator ended the stream: %s", reason)
+        log.warning("the coordinator ended the stream: %s", reason, extra={"event": "ended", "site": self._name})
         return None
 
     def _known(self) -> list[bytes]:
@@ -282,7 +303,8 @@ class Member:
         if self._pending:
             raise OSError("this site still works on a request of another run")
         self._answers = self._kept.enter(run)
-        self._sites = Sites(self._load, self._kept.memory)
+        self._receipts = Receipts(self._kept.folder)
+        self._sites = Sites(self._load, self._kept.memory, self._keep)
 
     async def _write(self, stream: _Stream) -> None:
         while True:
@@ -290,12 +312,15 @@ class Member:
             stored = self._answers.get(said)
             if stored is None or said in stream.dropped:
                 continue
-            reply = Reply(sender=self._name, answers=stored.answers, round=stored.round, error=stored.error)
-            await stream.call.write(replying(reply, said, stored.message.size))
-            for chunk in stored.message.frames():
+            error = None if stored.error is None else sendable(stored.error)
+            reply = Reply(sender=self._name, answers=stored.answers, round=stored.round, error=error)
+            signature = b""
+            if self._signer is not None:
+                signature = self._signer(signatures.reply(said, reply, stored.message.digest()))
+            for raw in replying(reply, said, stored.message, signature):
                 if said in stream.dropped:
                     break
-                await stream.call.write(chunk)
+                await stream.call.write(raw)
             else:
                 stored.sent = True
 
@@ -314,7 +339,8 @@ class Member:
             elif isinstance(came, frames.Again):
                 self._wanted(stream, came.digest)
             elif isinstance(came, frames.Cancel):
-                stream.dropped.add(came.digest)
+                if len(stream.dropped) < MOST_KNOWN:  # a coordinator withdraws what it has asked for, one at a time
+                    stream.dropped.add(came.digest)
                 if self._waiting.pop(came.digest, None) is not None:
                     self._pending.discard(came.digest)
             elif isinstance(came, frames.Over):
@@ -330,13 +356,20 @@ class Member:
         most = self._patience.message
         if begun.to != self._name:
             raise BadTensors(f"a request for {clean(begun.to)!r} came to {self._name!r}")
+        if any(clean(text) != text for text in (begun.op, begun.job)):  # they stand in logs
+            raise BadTensors("what a request asks for is not plain text of one line")
         sizes = checked_size("a broadcast", begun.shared, most), checked_size("a request", begun.body, most)
         stream.begun = begun
         stream.parts = [Incoming(size) for size in sizes]
+        for part, head in zip(stream.parts, (begun.shared_head, begun.body_head), strict=True):
+            part.add(memoryview(head))
 
     def _complete(self, stream: _Stream) -> None:
-        begun, (shared, _), (body, meta) = stream.begun, *(part.read() for part in stream.parts)
+        begun, digests = stream.begun, [part.digest() for part in stream.parts]
+        (shared, _), (body, meta) = (part.read() for part in stream.parts)
+        request = request_of(begun, shared, body, meta)
         stream.begun, stream.parts = None, []
+        self._check(begun, request, *digests)
         stream.dropped.discard(begun.digest)
         stored = self._answers.get(begun.digest)
         if begun.digest in self._pending or (stored is not None and (stored.error is None or not stored.sent)):
@@ -344,15 +377,27 @@ class Member:
             return
         if len(self._pending) >= _AHEAD:
             raise BadTensors(f"{len(self._pending)} requests wait already, and a site takes one at a time")
+        if self._coordinator:
+            self._receipts.broadcast(self._coordinator, request, self._kept.run or "", digests[0], begun.signature)
         self._pending.add(begun.digest)
-        self._waiting[begun.digest] = request_of(begun, shared, body, meta)
-        self._work.put(begun.digest)
+        self._waiting[begun.digest] = request
+        work(self._turn, begun.digest)
+
+    def _check(self, begun: Any, request: Request, shared: bytes, body: bytes) -> None:
+        """Raises BadTensors for a request that is not what its digest says, or not signed by the coordinator."""
+        run = self._kept.run or ""
+        if digest_of(run, request, shared, body) != begun.digest:
+            raise BadTensors("the digest of a request is not of what came")
+        if self._coordinator:
+            said = signatures.broadcast(run, request.op, request.job, request.round, request.attempt, shared)
+            signatures.check(self._coordinator, said, begun.signature)
 
     def _wanted(self, stream: _Stream, said: bytes) -> None:
         """Send a reply that is here; one that is worked on is sent when it is there."""
         stream.dropped.discard(said)
         if said in self._answers:
-            stream.outbox.put_nowait(said)
+            if stream.outbox.qsize() < MOST_KNOWN:
+                stream.outbox.put_nowait(said)
         elif said not in self._pending:
             raise BadTensors("the coordinator asked again what this site does not know")
 
@@ -364,6 +409,23 @@ class Member:
         self._answers[said] = stored
         if self._stream is not None:
             self._stream.outbox.put_nowait(said)
+
+
+def _why_broken(details: str) -> str:
+    """What gRPC says, and what that means where it is known."""
+    meanings = {
+        "issuer certificate": "the coordinator's certificate is not from the authority in this site's ca.pem",
+        "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate does not hold for this site's ca.pem",
+        "onnection refused": "nobody listens there",
+        "Cancelling all calls": "the coordinator has stopped",
+    }
+    found = next((meaning for said, meaning in meanings.items() if said in details), None)
+    return details if found is None else f"{found} ({details})"
+
+
+def _known_of(event: str, request: Request) -> dict[str, object]:
+    """For a log that is read by programs."""
+    return {"event": event, "site": request.to, "job": request.job, "round": request.round, "op": request.op}
 
 
 async def _next(call: Any) -> Any:

@@ -13,11 +13,10 @@ what becomes of what has left.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime, time, tzinfo
 from typing import Literal
-from zoneinfo import ZoneInfo
 
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.messages import Reply, Request
@@ -31,6 +30,7 @@ Way = Literal["clear", "masks", "encryption"]  # how an update reaches the coord
 WORK: tuple[Work, ...] = ("train", "evaluate", "statistics")
 WAYS: tuple[Way, ...] = ("clear", "masks", "encryption")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+HANDED = "model"  # the request with which a run ends: the site keeps its model, and nothing leaves
 _ANY = "any"
 
 
@@ -45,8 +45,10 @@ class Facts:
     training: str  # in words
     tuning: str
     tensors: tuple[str, ...]  # names of what is trained and leaves, as one vector or what it is hidden in
+    shapes: tuple[tuple[int, ...], ...]  # of these
     parameters: int  # numbers in them
     update_bytes: int | None  # of the reply to "train"; None: not known before
+    round_bytes: int | None  # the most that leaves in a round from 1 on, of all requests; None: not known before
     collect: Way
     identities: bool  # whether sites know each other by keys
     least: int  # the fewest sites of which a sum is shown
@@ -96,13 +98,35 @@ class Policy:
     collect: frozenset[Way] | None
     identities: bool
     least: int
-    zone: ZoneInfo
+    zone: tzinfo
     hours: tuple[Window, ...] | None
 
     @property
     def private(self) -> bool:
         """Whether any guarantee is demanded."""
         return any(demand is not None for demand in (self.unit, self.epsilon, self.delta, self.noise))
+
+
+# Of a site that has none: requests of all kinds that the experiment declares, and nothing else.
+NO_POLICY = Policy(
+    experiments=None,
+    requests=frozenset(WORK),
+    rounds=None,
+    tensors=None,
+    parameters=None,
+    bytes_per_reply=None,
+    bytes_per_round=None,
+    bytes_per_day=None,
+    unit=None,
+    epsilon=None,
+    delta=None,
+    noise=None,
+    collect=None,
+    identities=False,
+    least=1,
+    zone=UTC,
+    hours=None,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +175,10 @@ def _on_size(policy: Policy, facts: Facts) -> Iterator[_Row]:
     yield "leaves.parameters", _most(policy.parameters), f"{count:,}", _within(count, policy.parameters)
     for key in ("bytes_per_reply", "bytes_per_round", "bytes_per_day"):
         limit: int | None = getattr(policy, key)
-        size = facts.update_bytes
+        whole = None if key == "bytes_per_reply" else facts.round_bytes
+        size = facts.update_bytes if whole is None else whole
         found = "what is not known before; each reply is held to it" if size is None else f"an update of {size:,}"
+        found = found if whole is None else f"{whole:,} in a round"
         yield f"leaves.{key}", _most(limit), found, _within(size or 0, limit)
 
 
@@ -197,6 +223,8 @@ class Door:
 
     def refuse(self, request: Request) -> str | None:
         """Why the site does not work on a request; None if it does."""
+        if request.op == HANDED:
+            return None
         why = self._unknown(request)
         if why is None:
             now = self._now()
@@ -231,7 +259,7 @@ class Door:
         if slash and step not in self._facts.steps:
             return f"its experiment has no step {request.op[:40]!r}"
         first, last = (1, math.inf) if kind == "train" else (0, 0 if kind == "statistics" else math.inf)
-        last = min(last, math.inf if self._policy.rounds is None else self._policy.rounds)
+        last = min(last, self._rounds)
         if not first <= request.round <= last:
             return f"{kind} is asked for in round {request.round}, and may be in rounds {first} to {last}"
         return None
@@ -250,18 +278,26 @@ class Door:
         ):
             if most is not None and size >= most:
                 return f"{size:,} bytes have left in {name}, and at most {most:,} may"
-        if policy.rounds is None or "/" in op:  # a sum may have to be begun anew; bytes bound its steps
+        if "/" in op:  # a sum may have to be begun anew; bytes bound its steps
             return None
-        most = policy.rounds + (op == "evaluate")  # a model is evaluated after round zero, too
-        if spent.answers.get(op, 0) >= most:
-            return f"{op} has been answered {most:,} times, as often as it may be"
+        times = self._rounds + (op == "evaluate")  # a model is evaluated after round zero, too
+        if spent.answers.get(op, 0) >= times:
+            return f"{op} has been answered {times:,} times, as often as it may be"
         return None
+
+    @property
+    def _rounds(self) -> float:
+        """In which, and how often, the site trains: the noise that it adds covers as many as the experiment has."""
+        covered = self._facts.rounds if self._facts.noise == "site" else math.inf
+        return min(covered, math.inf if self._policy.rounds is None else self._policy.rounds)
 
     def _kept_back(self, request: Request, departure: Departure, spent: Spent, now: datetime) -> str | None:
         """Why a reply must not leave; a failure is a sentence without data, and always may."""
         if departure.error is not None:
             return None
         policy, size = self._policy, departure.bytes
+        if request.op == HANDED:
+            return f"it has {size:,} bytes, and who is handed a model answers with none" if size else None
         for name, sum, most in (
             ("a reply", size, policy.bytes_per_reply),
             ("this round", spent.round_bytes + size, policy.bytes_per_round),
@@ -272,8 +308,8 @@ class Door:
         return self._unknown(request) or self._spent(request.op, spent, now)
 
 
-def describe(policy: Policy, facts: Facts) -> list[str]:
-    """What would be computed at this site and what would leave it, and each demand with whether it is met."""
+def told(facts: Facts) -> list[tuple[str, str]]:
+    """What would be computed at this site and what would leave it: each in a word, and in words."""
     size = "of a size that is not known before" if facts.update_bytes is None else f"of {facts.update_bytes:,} bytes"
     how = {
         "clear": "in the clear",
@@ -284,20 +320,46 @@ def describe(policy: Policy, facts: Facts) -> list[str]:
     if facts.unit is not None:
         most = "no limit on epsilon" if math.isinf(facts.epsilon) else f"epsilon {facts.epsilon:g}"
         guarantee = f"each {facts.unit} with {most} at delta {facts.delta:g}, by noise from the {facts.noise}"
-    found = demands(policy, facts)
-    lines = [
-        f"experiment  {facts.experiment}",
-        f"computed    {', '.join(one for one in WORK if one in facts.work)}; {facts.rounds:,} rounds; {facts.training}",
-        f"trained     {facts.parameters:,} numbers in {len(facts.tensors)} tensors ({_some(facts.tensors)}); "
-        f"{facts.tuning}",
-        f"leaves      in a round an update {size}, {how}",
-        f"protected   {guarantee}",
-        f"hours       {_ANY if policy.hours is None else '; '.join(map(str, policy.hours)) + f' in {policy.zone}'}",
-        *(f"{'met    ' if one.met else 'NOT MET'}     {one.key}: {one.asks}; found {one.found}" for one in found),
+    return [
+        ("experiment", facts.experiment),
+        ("computed", f"{', '.join(one for one in WORK if one in facts.work)}; {_rounds(facts)}; {facts.training}"),
+        (
+            "trained",
+            f"{facts.parameters:,} numbers in {len(facts.tensors)} tensors ({_some(facts.tensors)}); {facts.tuning}",
+        ),
+        ("leaves", f"in a round an update {size}, {how}"),
+        ("in all", _whole(facts)),
+        ("protected", guarantee),
     ]
+
+
+def describe(policy: Policy, facts: Facts) -> list[str]:
+    """A line for each: what would be computed and leave, the demands of the policy with whether it is met, the end."""
+    hours = _ANY if policy.hours is None else "; ".join(map(str, policy.hours)) + f" in {policy.zone}"
+    found = demands(policy, facts)
+    return [
+        *(f"{name:<12}{text}" for name, text in [*told(facts), ("hours", hours)]),
+        *(f"{'met    ' if one.met else 'NOT MET'}     {one.key}: {one.asks}; found {one.found}" for one in found),
+        verdict(found),
+    ]
+
+
+def verdict(found: Sequence[Demand]) -> str:
     unmet = sum(not one.met for one in found)
-    lines.append(f"this site would {'join' if not unmet else f'not join: {unmet} of {len(found)} demands are not met'}")
-    return lines
+    return f"this site would {'join' if not unmet else f'not join: {unmet} of {len(found)} demands are not met'}"
+
+
+def _rounds(facts: Facts) -> str:
+    return "1 round" if facts.rounds == 1 else f"{facts.rounds:,} rounds"
+
+
+def _whole(facts: Facts) -> str:
+    """What leaves in a run."""
+    if facts.round_bytes is None:
+        return "as many bytes as each reply has, which is not known before"
+    once = ", and once sums of features" if "statistics" in facts.work else ""
+    most = facts.rounds * facts.round_bytes
+    return f"at most {facts.round_bytes:,} bytes in a round, {most:,} in {_rounds(facts)}{once}"
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -9,69 +9,48 @@ in this process: what was not answered when it ends is asked again by whoever re
 """
 
 import asyncio
-import ipaddress
 import logging
-import tempfile
+import socket
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from ssl import PEM_cert_to_DER_cert
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self
 
-from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput, BadTensors, FedeltaError
+from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Program
 from fedelta.fleet import frames_pb2 as frames
+from fedelta.fleet import signatures
+from fedelta.fleet.address import check_address
+from fedelta.fleet.admission import Admission, Allowed
 from fedelta.fleet.answer import check_message, check_spill, checked_names, parts, twice, unknown_site
-from fedelta.fleet.loop import loop, wait
+from fedelta.fleet.known_sites import NoRegister, Register
+from fedelta.fleet.limits import Limits
+from fedelta.fleet.loop import call, loop, wait
+from fedelta.fleet.rate import Bucket
+from fedelta.fleet.receipts import Receipts
+from fedelta.fleet.room import Room
 from fedelta.fleet.session import Place, Session, Ticket
 from fedelta.fleet.wire import (
     METHOD,
     PROTOCOL,
     Credentials,
-    Incoming,
     Outgoing,
-    Refused,
-    clean,
+    announcement,
     digest_of,
     frame,
     grpc,
-    parse,
-    sendable,
     transport,
-    versions,
 )
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.2  # between two looks at what is due
-Allowed = Callable[[PartyId, bytes], str | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a coordinator takes from a site, and how long it waits."""
-
-    deadline_s: float = 3600.0  # from when a site is asked until its reply is there
-    absence_s: float = 60.0  # that a site may be away before it counts as absent
-    stall_s: float = 60.0  # without a byte in the middle of a message; and for the greeting
-    check_s: float = 5.0  # between two looks at who may stay
-    keepalive_s: float = 20.0  # of silence before a connection is tried
-    message: int = 8 * 2**30  # bytes of a reply
-    room: int = (
-        128 * 2**20
-    )  # bytes of replies in memory at a time, at least one; others lie in files until they are read
-    faults: int = 3  # streams in a row with what a site must not send, until it is let in no more
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise BadInput(f"Limits.{field.name} must be > 0, got {getattr(self, field.name)}")
+_PAUSE_S = 0.001  # in which more replies may come before whoever waits is woken
+_STREAMS = 4  # of a connection. Not of the server: whoever keeps streams open would keep all others out
 
 
 class Remote:
@@ -81,7 +60,9 @@ class Remote:
     loopback address only: whoever reaches the port may then take any name. `allowed(name, certificate)` gives the
     reason why a site may not take part, or None; it is asked when a site connects and every `Limits.check_s` seconds
     after that, with the certificate in DER. `run` names the run: what sites keep belongs to it, and a run that is
-    resumed has the name that it had. `spill` is an existing folder for the files of replies.
+    resumed has the name that it had. `spill` is an existing folder for the files of replies, `receipts` one for what
+    sites have signed (receipts.py). `register` is told of joins, refusals and faults, and says who is shut out whether
+    connected or not.
 
     A bug at a site is a failure of that site here, since other organisations' code must not end the run; its own log
     has the traceback. The tensors of a request must not change until its reply is there.
@@ -98,28 +79,42 @@ class Remote:
         run: str = "",
         limits: Limits = Limits(),
         spill: Path | None = None,
+        receipts: Path | None = None,
+        register: Register = NoRegister(),
     ) -> None:
         check_spill(spill, "Remote")
         check_address(listen, credentials)
         self._names = checked_names(names)
-        self._experiment = digest(program)
         self._credentials = credentials
-        self._allowed = allowed
         self._run = run
         self._limits = limits
-        self._spill = spill
-        self._news = threading.Condition()  # guards the five below
+        self._room = Room(limits.room, spill)
+        self._receipts = Receipts(receipts)
+        self._register = register
+        self._news = threading.Condition()  # guards the four below
         self._tickets: dict[str, Ticket] = {}
         self._arrived: deque[tuple[Ticket, Reply]] = deque()
         self._connected: dict[PartyId, None] = {}
-        self._held = 0  # bytes of memory in replies that were not handed over
         self._closed = False
         self._broadcasts: weakref.WeakValueDictionary[int, Outgoing] = weakref.WeakValueDictionary()
-        self._digests: weakref.WeakKeyDictionary[Outgoing, bytes] = weakref.WeakKeyDictionary()
+        self._signer = None if credentials is None else signatures.Signer(credentials.key)
+        self._latest = b"", b""  # what was signed last, and the signature
         now = time.monotonic()
-        self._places = {name: Place(name=name, left=now, finish=self._finish) for name in self._names}
+        self._places = {
+            name: Place(
+                name=name,
+                left=now,
+                finish=self._finish,
+                streams=Bucket(limits.streams, now),
+                unasked=Bucket(limits.unasked, now),
+            )
+            for name in self._names
+        }
+        self._admission = Admission(
+            program, self._places, tls=credentials is not None, allowed=allowed, limits=limits, register=register
+        )
         self._streams: set[asyncio.Task[Any]] = set()
-        self._loop = loop()
+        self._waking = False
         self.port = wait(self._start(listen))
 
     def __enter__(self) -> Self:
@@ -135,7 +130,7 @@ class Remote:
         with self._news:
             if self._closed:
                 return
-            self._closed = True
+            self._closed = self._admission.closed = True
         wait(self._stop(over))
         with self._news:
             self._tickets.clear()
@@ -161,16 +156,16 @@ class Remote:
             raise unknown_site(request.to, self._names)
         check_message(request.body, request.meta)
         shared, body = self._broadcast(request.shared), Outgoing(request.body, request.meta)
-        said = digest_of(self._run, request, self._digests[shared], body.digest())
-        ticket = Ticket(request, shared, body, said)
-        _ = ticket.announcement  # raises for what cannot be sent
+        said = digest_of(self._run, request, shared.digest(), body.digest())
+        ticket = Ticket(request, shared, body, said, self._signed(request, shared))
+        announcement(request, said, ticket.signature)  # raises for what cannot be sent
         with self._news:
             if self._closed:
                 raise RuntimeError("this fleet is closed; submit inside its `with` block")
             if request.id in self._tickets:
                 raise twice(request.id)
             self._tickets[request.id] = ticket
-        self._loop.call_soon_threadsafe(self._places[request.to].add, ticket)
+        call(self._add, ticket)
 
     def submit_many(self, requests: Requests, together: int) -> None:
         """Each site is asked for itself, whatever `together` says. Raises BadInput as `submit`, or for a site twice."""
@@ -189,7 +184,6 @@ class Remote:
                 return None
             ticket, reply = self._arrived.popleft()
             del self._tickets[ticket.request.id]
-            self._held -= ticket.held
             return reply
 
     def cancel(self, request_id: str) -> None:
@@ -197,12 +191,11 @@ class Remote:
         with self._news:
             found = [id for id, ticket in self._tickets.items() if request_id in (id, _of_all(ticket.request))]
             tickets = [self._tickets.pop(id) for id in found]
-            self._held -= sum(ticket.held for ticket, _ in self._arrived if ticket in tickets)
             self._arrived = deque(item for item in self._arrived if item[0] not in tickets)
             if self._closed:
                 return
         for ticket in tickets:
-            self._loop.call_soon_threadsafe(self._withdraw, ticket)
+            call(self._withdraw, ticket)
 
     def _broadcast(self, shared: Tensors) -> Outgoing:
         """One object for the whole cohort: encoded once."""
@@ -210,17 +203,29 @@ class Remote:
         if found is None or found.tensors is not shared:
             check_message(shared)
             found = self._broadcasts[id(shared)] = Outgoing(shared)
-            self._digests[found] = found.digest()
         return found
+
+    def _signed(self, request: Request, shared: Outgoing) -> bytes:
+        """The signature of a broadcast: one for the whole cohort."""
+        if self._signer is None:
+            return b""
+        what = (self._run, request.op, request.job, request.round, request.attempt)
+        said = signatures.broadcast(*what, shared.digest())
+        if self._latest[0] != said:
+            self._latest = said, self._signer(said)
+        return self._latest[1]
 
     # What follows runs in the event loop.
 
     async def _start(self, listen: str) -> int:
         options = [*transport(self._limits.keepalive_s), ("grpc.so_reuseport", 0)]
+        if self._credentials is not None:  # without, the sites of a process share a connection
+            options.append(("grpc.max_concurrent_streams", _STREAMS))
         self._server = grpc.aio.server(options=options)
         handler = grpc.stream_stream_rpc_method_handler(self._join)
         service, _, method = METHOD[1:].partition("/")
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        _check_free(listen)
         try:
             if self._credentials is None:
                 port = self._server.add_insecure_port(listen)
@@ -254,99 +259,79 @@ class Remote:
         assert task is not None
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
-        name, certificate = _peer(context)
-        try:
-            async with asyncio.timeout(self._limits.stall_s):
-                raw = await context.read()
-            hello = None if raw is grpc.aio.EOF else parse(raw)
-            place = self._welcomed(hello, name, certificate)
-        except (Refused, BadTensors, TimeoutError) as error:
-            reason = str(error) or "it sent no greeting"
-            log.warning("%s is not let in: %s", clean(name or context.peer()), reason)
-            await context.write(frame(frames.Refused(reason=sendable(reason), final=isinstance(error, Refused))))
+        found = await self._admission.ask(context)
+        if found is None:
             return
-        session = Session(place, context, self, self._limits.message, hello, certificate)
+        place, hello, certificate = found
+        session = Session(place, context, self._room, self._receipts, self._limits.message, hello, certificate)
         if place.session is not None:
-            place.session.end(f"another process has joined as {place.name}, and takes its place", final=True)
+            why = f"another process has joined as {place.name}, and takes its place"
+            log.warning("site %s: %s", place.name, why, extra={"event": "replaced", "site": place.name})
+            place.session.end(why, final=True)
         place.session = session
-        await context.write(frame(frames.Welcome(protocol=PROTOCOL, run=self._run)))
-        self._tell(place, here=True)
         try:
-            await session.run()
-            log.info("site %s has gone", place.name)
+            await self._take_part(session, context)
         finally:
+            if session.broke is not None:
+                self._register.tell("protocol broken", place.name, session.broke)
             if place.session is session:
                 place.session, place.left = None, time.monotonic()
                 self._tell(place, here=False)
 
-    def _welcomed(self, hello: Any, name: str | None, certificate: bytes) -> Place:
-        """The place of a site that may join. Raises Refused with the reason why it may not."""
-        if not isinstance(hello, frames.Hello):
-            raise Refused("a stream begins with a Hello")
-        if hello.protocol != PROTOCOL:
-            raise Refused(f"this coordinator speaks version {PROTOCOL} of the protocol, and the site {hello.protocol}")
-        said = clean(hello.name)
-        if self._credentials is not None and name != hello.name:
-            raise Refused(f"the site calls itself {said!r}, and its certificate is of {clean(name or 'nobody')!r}")
-        place = self._places.get(hello.name)
-        if place is None:
-            raise Refused(f"{said!r} is not a registered site; the coordinator's operator has to add it")
-        if place.faults >= self._limits.faults:
-            raise Refused(f"{said!r} broke the protocol {place.faults} times in a row: shut out; ask the operator")
-        why = self._why_not(hello.name, certificate)
-        if why is not None:
-            raise Refused(why)
-        if hello.experiment != self._experiment:
-            raise Refused(
-                f"{said} has another experiment: {clean(hello.experiment)[:12]}…, here {self._experiment[:12]}…; "
-                "install the same experiment file at both"
-            )
-        for library, here in versions().items():
-            there = clean(hello.versions.get(library, "none"))
-            if there != here:
-                raise Refused(f"{said} has {library} {there} and the coordinator {here}; install the same version")
-        return place
-
-    def _why_not(self, name: PartyId, certificate: bytes) -> str | None:
-        """What `allowed` says; where it cannot say anything nobody is let in."""
+    async def _take_part(self, session: Session, context: Any) -> None:
+        """From the welcome of a site until it goes."""
+        place, own = session.place, b"" if self._credentials is None else self._credentials.chain
+        welcome = frame(frames.Welcome(protocol=PROTOCOL, run=self._run, certificate=own))
         try:
-            return self._allowed(name, certificate)
-        except (FedeltaError, OSError) as error:
-            return f"whether {name} may join could not be looked up: {error}"
+            async with asyncio.timeout(self._limits.stall_s):
+                await context.write(welcome)
+        except TimeoutError:
+            log.warning("site %s takes no welcome", place.name, extra={"event": "stalled", "site": place.name})
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the welcome was not taken")
+        self._tell(place, here=True)
+        self._register.tell("joined", place.name, certificate=session.certificate)
+        try:
+            await session.run()
+            log.info("site %s has gone", place.name, extra={"event": "left", "site": place.name})
+        finally:
+            if place.session is session:  # and no other has taken its place
+                self._register.tell("left", place.name)
 
     def _tell(self, place: Place, *, here: bool) -> None:
         if here:
-            log.info("site %s has joined", place.name)
+            log.info("site %s has joined", place.name, extra={"event": "joined", "site": place.name})
         with self._news:
             self._connected.pop(place.name, None)
             if here:
                 self._connected[place.name] = None
             self._news.notify_all()
 
-    def incoming(self, ticket: Ticket, size: int) -> Incoming:
-        """The buffer for a reply: in memory while there is room."""
-        with self._news:
-            self._held -= ticket.held  # of a stream that broke
-            ticket.held = 0
-            if self._held == 0 or self._held + size <= self._limits.room:
-                ticket.held = size
-                self._held += size
-                return Incoming(size)
-        return Incoming(size, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._spill)))
-
     def _finish(self, ticket: Ticket, reply: Reply) -> None:
         with self._news:
             if self._tickets.get(ticket.request.id) is ticket:
                 self._arrived.append((ticket, reply))
-                self._news.notify_all()
-            else:  # withdrawn in the meantime
-                self._held -= ticket.held
+            all_are_here = len(self._arrived) == len(self._tickets)
+        if all_are_here:
+            self._wake()
+        elif not self._waking:
+            self._waking = True
+            loop().call_later(_PAUSE_S, self._wake)
+
+    def _wake(self) -> None:
+        self._waking = False
+        with self._news:
+            self._news.notify_all()
 
     def _withdraw(self, ticket: Ticket) -> None:
         if not ticket.over:
-            with self._news:
-                self._held -= ticket.held
             self._places[ticket.request.to].end(ticket, None)
+
+    def _add(self, ticket: Ticket) -> None:
+        place = self._places[ticket.request.to]
+        place.add(ticket)
+        barred = self._register.barred(place.name)
+        if barred is not None and not ticket.over:
+            place.fail(ticket, barred)
 
     async def _watch(self) -> None:
         """Deadlines, absences, stalled streams, and who may stay."""
@@ -359,19 +344,34 @@ class Remote:
             for place in self._places.values():
                 self._look_at(place, now)
                 if check and place.session is not None:
-                    why = self._why_not(place.name, place.session.certificate)
+                    why = self._admission.why_not(place.name, place.session.certificate)
                     if why is not None:
-                        log.warning("site %s may not stay: %s", place.name, why)
-                        place.session.end(why, final=True)
+                        self._shut_out(place.session, why)
+
+    def _shut_out(self, session: Session, why: str) -> None:
+        if not session.ending:
+            name = session.place.name
+            log.warning("site %s may not stay: %s", name, why, extra={"event": "shut out", "site": name})
+            self._register.tell("shut out", name, why)
+            session.end(why, final=True)
 
     def _look_at(self, place: Place, now: float) -> None:
         limits, session = self._limits, place.session
+        barred = self._register.barred(place.name)
+        if barred is not None:
+            if session is not None:
+                self._shut_out(session, barred)
+            if place.head is not None:  # the next one in a moment
+                place.fail(place.head, barred)
+            return
         if session is not None:
             waiting = [session.heard] if session.receiving else []
             waiting += [session.moved] if session.writing else []
             if waiting and now - min(waiting) > limits.stall_s:
-                log.warning("site %s: its stream stands still and is given up", place.name)
-                session.end(f"nothing moved for {limits.stall_s:g} s in the middle of a message")
+                still = {"event": "stalled", "site": place.name}
+                why = f"nothing moved for {limits.stall_s:g} s in the middle of a message"
+                log.warning("site %s: its stream is given up: %s", place.name, why, extra=still)
+                session.end(why)
         head = place.head
         if head is None or head.asked is None:
             return
@@ -381,30 +381,14 @@ class Remote:
             place.fail(head, f"it did not answer within {limits.deadline_s:g} s")
 
 
-def check_address(address: str, credentials: Credentials | None) -> None:
-    """Raises BadInput unless the address is HOST:PORT, and a loopback address where there is no TLS."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise BadInput(f"{address!r} is not HOST:PORT")
-    if credentials is None and not is_loopback(host):
-        raise BadInput(f"{host} is not a loopback address, and beyond this machine there is no connection without TLS")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its address, or is called localhost."""
+def _check_free(listen: str) -> None:
+    """Before gRPC, which writes to standard error where it cannot listen. Raises BadInput."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _peer(context: Any) -> tuple[str | None, bytes]:
-    """The common name and the certificate (DER) that the other side has proved to have; none without TLS."""
-    said = context.auth_context()
-    names, certificates = list(said.get("x509_common_name", ())), list(said.get("x509_pem_cert", ()))
-    if len(names) != 1 or len(certificates) != 1:
-        return None, b""
-    return names[0].decode("utf-8", "replace"), PEM_cert_to_DER_cert(certificates[0].decode())
+        socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise BadInput(f"nothing can listen at {listen}: {error.strerror}; choose another --listen") from None
 
 
 def _of_all(request: Request) -> str:

@@ -53,6 +53,10 @@ class Revocations:
     def __init__(self, path: Path | str, authority: Path | str | None = None) -> None:
         self.path = Path(path)
         root = self.path.with_name("ca.pem") if authority is None else Path(authority)
+        if not self.path.exists():
+            raise BadInput(f"there is no list of revoked certificates {self.path}; `fedelta ca` makes revoked.crl")
+        if not root.exists():
+            raise BadInput(f"there is no {root}; put the authority's certificate beside its list {self.path.name}")
         self._authority = forms.read_certificate(content(root), str(root))
         self._issued: Callable[[bytes], _Known | str] = lru_cache(maxsize=_REMEMBERED)(self._read)
         self._stamp = self._now_there()

@@ -2,12 +2,13 @@
 
 A frame is one byte that says its kind, and a payload: a message of `frames.proto`, or up to 1 MiB of a message's body
 (the layout of `core/codec.py`). A body is cut out of the tensors' own memory and put together in one buffer, where it
-is read in place.
+is read in place. A small body is in the frame that announces it: for small models, the number of frames is what costs.
 
 What comes in is not trusted: whatever the bytes, `parse` and `Incoming` give a frame or raise BadTensors, and nothing
 is allocated that was not announced and found to be within the limits. Text is cut and cleaned before anybody reads it.
 """
 
+import functools
 import hashlib
 import mmap
 import os
@@ -34,14 +35,18 @@ import grpc as grpc  # noqa: E402  # for those who use it: after the line above
 from google.protobuf.message import DecodeError, Message  # noqa: E402
 
 from fedelta.fleet import frames_pb2 as frames  # noqa: E402
+from fedelta.fleet import signatures  # noqa: E402
 
 PROTOCOL = 1
 METHOD = "/fedelta.Fleet/Join"
 CHUNK = 2**20  # bytes of a body in one frame
-MOST_CONTROL = 2**16  # bytes of a control frame
+MOST_CONTROL = 2**16  # bytes of a control frame, without heads
+MOST_HEAD = 2**16  # bytes of messages that are sent in the frame that announces them
 MOST_KNOWN = 64  # requests that a site says it knows
+WINDOW = CHUNK  # bytes on the way that the other side has not asked for yet: 10 MB/s or more with a round trip of 0.1 s
 DIGEST = 32  # bytes
-_CACHED = 16  # frames of a broadcast that are kept for the sites that come next
+_CACHED = 8  # frames of a broadcast that are kept for the sites that come next
+_SIZES = 64  # bytes of an announcement for what it says of its messages
 _TEXT = 600  # characters of a reason
 _KINDS: tuple[type[Message] | None, ...] = (
     None,
@@ -55,6 +60,7 @@ _KINDS: tuple[type[Message] | None, ...] = (
     frames.Cancel,
     frames.Over,
 )
+_HEADED = (frames.Request, frames.Reply)
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS) if kind is not None}
 _CHUNK_KIND = b"\x06"
 
@@ -84,6 +90,8 @@ def transport(keepalive_s: float) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", CHUNK + 1),
         ("grpc.max_send_message_length", CHUNK + 1),
         ("grpc.max_metadata_size", 8192),
+        ("grpc.http2.lookahead_bytes", WINDOW),
+        ("grpc.http2.bdp_probe", 0),  # or the window grows, and with it what each stream holds in memory
         ("grpc.keepalive_time_ms", ms),
         ("grpc.keepalive_timeout_ms", ms),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -109,11 +117,12 @@ def parse(raw: bytes) -> Message | memoryview:
     kind = _KINDS[raw[0]] if raw[0] < len(_KINDS) else None
     if kind is None:
         raise BadTensors(f"a frame of the unknown kind {raw[0]} came in; is it another version of the protocol?")
-    if len(raw) > MOST_CONTROL:
-        raise BadTensors(f"a control frame has at most {MOST_CONTROL} bytes, got {len(raw)}")
+    most = MOST_CONTROL + MOST_HEAD if kind in _HEADED else MOST_CONTROL
+    if len(raw) > most:
+        raise BadTensors(f"a control frame has at most {most} bytes, got {len(raw)}")
     message = kind()
     try:
-        message.ParseFromString(raw[1:])
+        message.ParseFromString(memoryview(raw)[1:])
     except (DecodeError, RecursionError):
         raise BadTensors(f"a frame of kind {raw[0]} does not hold a {kind.__name__}") from None
     digests = getattr(message, "known", [getattr(message, "digest", bytes(DIGEST))])
@@ -154,13 +163,23 @@ class Outgoing:
         self._starts = [0, *accumulate(piece.nbytes for piece in self._pieces)]
         self.size = self._starts[-1]  # bytes; 0 where there is nothing to send
         self._frames: OrderedDict[int, bytes] = OrderedDict()
+        self._head: bytes | None = None
+        self._digest: bytes | None = None
 
     def digest(self) -> bytes:
         """SHA-256 of the message."""
-        found = hashlib.sha256()
-        for piece in self._pieces:
-            found.update(piece)
-        return found.digest()
+        if self._digest is None:
+            found = hashlib.sha256()
+            for piece in self._pieces:
+                found.update(piece)
+            self._digest = found.digest()
+        return self._digest
+
+    def head(self) -> bytes:
+        """The whole of a small message, for the frame that announces it."""
+        if self._head is None:
+            self._head = b"".join(self._pieces)
+        return self._head
 
     def frames(self) -> Iterator[bytes]:
         for start in range(0, self.size, CHUNK):
@@ -191,10 +210,11 @@ class Incoming:
     def __init__(self, size: int, *, file: BinaryIO | None = None, drop: bool = False) -> None:
         """`file`: an empty one that is open for reading and writing, which is closed here; `drop`: only count."""
         self.size = size
-        self.in_memory = file is None and not drop
+        self.memory = np.empty(size, dtype=np.uint8) if file is None and not drop else None
         self._there = 0
+        self._hash = None if drop else hashlib.sha256()
         self._file = file
-        self._buffer = np.empty(size, dtype=np.uint8).data if self.in_memory else None
+        self._buffer = None if self.memory is None else self.memory.data
 
     @property
     def complete(self) -> bool:
@@ -209,7 +229,14 @@ class Incoming:
             self._buffer[self._there : end] = payload
         elif self._file is not None:
             self._file.write(payload)
+        if self._hash is not None:
+            self._hash.update(payload)
         self._there = end
+
+    def digest(self) -> bytes:
+        """SHA-256 of what has come, where it was not dropped."""
+        assert self._hash is not None
+        return self._hash.digest()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Plain]]:
         """The complete message; the tensors are views of the buffer. Raises BadTensors if it is not well formed."""
@@ -229,8 +256,8 @@ class Incoming:
             self._file.close()
 
 
-def announced(request: Request, digest: bytes, shared: int, body: int) -> bytes:
-    """The frame that begins a request. Raises BadInput for text or numbers that no frame carries."""
+def announcement(request: Request, digest: bytes, signature: bytes = b"") -> Any:
+    """What begins a request, but for what it announces. Raises BadInput for text or numbers that no frame carries."""
     try:
         message = frames.Request(
             digest=digest,
@@ -240,15 +267,46 @@ def announced(request: Request, digest: bytes, shared: int, body: int) -> bytes:
             round=request.round,
             attempt=request.attempt,
             base=request.base,
-            shared=shared,
-            body=body,
+            signature=signature,
         )
     except (ValueError, TypeError, UnicodeError) as error:
         raise BadInput(f"request {request.id!r} cannot be sent: {error}") from None
-    made = frame(message)
-    if len(made) > MOST_CONTROL:
-        raise BadInput(f"the name and job of a request have {len(made)} bytes, and at most {MOST_CONTROL} are sent")
-    return made
+    if message.ByteSize() > MOST_CONTROL - _SIZES:
+        most = MOST_CONTROL - _SIZES
+        raise BadInput(f"the name and job of a request have {message.ByteSize()} bytes, and at most {most} are sent")
+    return message
+
+
+def asking(begun: Any, shared: Outgoing, body: Outgoing) -> Iterator[bytes]:
+    """The frames of a request: an announcement, and what it does not hold in chunks."""
+    begun.shared, begun.body = shared.size, body.size
+    if shared.size + body.size <= MOST_HEAD:
+        yield _headed(begun, shared_head=shared, body_head=body)
+        return
+    yield frame(begun)
+    yield from shared.frames()
+    yield from body.frames()
+
+
+def _headed(begun: Message, **heads: Outgoing) -> bytes:
+    """A frame with heads: fields at the end of a message of Protocol Buffers, which are copied once this way."""
+    parts = [frame(begun)]
+    for name, message in heads.items():
+        if message.size:
+            parts += [_tag(begun.DESCRIPTOR.fields_by_name[name].number, message.size), message.head()]
+    return b"".join(parts)
+
+
+@functools.lru_cache(maxsize=64)  # sites of a round send as much
+def _tag(field: int, size: int) -> bytes:
+    """What stands before the bytes of a field."""
+    found = bytearray()
+    for number in (field << 3 | 2, size):
+        while number > 0x7F:
+            found.append(number & 0x7F | 0x80)
+            number >>= 7
+        found.append(number)
+    return bytes(found)
 
 
 def request_of(begun: Any, shared: Tensors, body: Tensors, meta: Meta) -> Request:
@@ -269,25 +327,25 @@ def request_of(begun: Any, shared: Tensors, body: Tensors, meta: Meta) -> Reques
 def digest_of(run: str, request: Request, shared: bytes, body: bytes) -> bytes:
     """Of all that a request says; `shared` and `body` are the digests of its messages."""
     named = (run, request.to, request.op, request.job, str(request.round), str(request.attempt), str(request.base))
-    found = hashlib.sha256()
-    for part in (*(text.encode("utf-8", "surrogatepass") for text in named), shared, body):
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.digest()
+    return signatures.statement(*signatures.texts(*named), shared, body)
 
 
-def replying(reply: Reply, digest: bytes, body: int) -> bytes:
-    """The frame that begins a reply."""
-    error = None if reply.error is None else sendable(reply.error)
-    return frame(
-        frames.Reply(
-            digest=digest,
-            answers=reply.answers,
-            round=reply.round,
-            failed=error is not None,
-            error=error or "",
-            body=body,
-        )
+def replying(reply: Reply, digest: bytes, body: Outgoing, signature: bytes = b"") -> Iterator[bytes]:
+    """The frames of a reply: an announcement, and what it does not hold in chunks."""
+    begun = frames.Reply(
+        digest=digest,
+        answers=reply.answers,
+        round=reply.round,
+        failed=reply.error is not None,
+        error="" if reply.error is None else sendable(reply.error),
+        body=body.size,
+        signature=signature,
     )
+    if body.size <= MOST_HEAD:
+        yield _headed(begun, body_head=body)
+        return
+    yield frame(begun)
+    yield from body.frames()
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ class Card:
     base_digest: str | None  # of its frozen weights; None if nothing was frozen
     tuning: str
     algorithm: str
-    sites: int
+    sites: int  # 0: not known
     privacy: str  # what bounds what the model says about the rows
     updates: str = "in the clear"  # how they reached the coordinator
     library: str = "transformers"  # or "peft": what loads the folder
@@ -27,8 +27,17 @@ class Card:
 
     def text(self, run: Sequence[Report], version: str) -> str:
         """The card as Markdown."""
-        seen = [("updates reached the coordinator", self.updates), ("privacy spent", self.privacy)]
-        rows = [*self._came_from(), *_learned(run, self.sites), *seen, *_measured(run)]
+        rows = [*_learned(run, self.sites), ("updates reached the coordinator", self.updates)]
+        return self._page([*rows, ("privacy spent", self.privacy), *_measured(run)], version)
+
+    def at_site(self, site: str, rounds: int, version: str) -> str:
+        """As `text`, of the model that a site keeps after so many rounds, whose reports it has not seen."""
+        rows = [("kept by the site", site), *([("sites", f"{self.sites:,}")] if self.sites else [])]
+        rows += [("rounds", plural(rounds, "round")), ("updates reached the coordinator", self.updates)]
+        return self._page([*rows, ("privacy", self.privacy)], version)
+
+    def _page(self, learned: Sequence[tuple[str, str]], version: str) -> str:
+        rows = [*self._came_from(), *learned]
         table = ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
         head = ["---", f"library_name: {self.library}", f"base_model: {_quoted(self.base)}"]
         head += ["tags:", "- federated-learning", "- fedelta", "---"]

@@ -25,6 +25,7 @@ def to_plain(report: Report) -> dict[str, Plain]:
         "cohort": list(report.cohort),
         "per_site": {site: _numbers_to_plain(metrics) for site, metrics in report.per_site.items()},
         "absent": dict(report.absent),
+        "refused": list(report.refused),
         "unmeasured": dict(report.unmeasured),
         "aggregation_errors": None
         if report.aggregation_errors is None
@@ -119,6 +120,7 @@ _READERS: Mapping[str, Callable[[Plain], Any]] = {
     "cohort": _texts,
     "per_site": _each(_each(_number)),
     "absent": _each(_text),
+    "refused": _texts,
     "unmeasured": _each(_text),
     "aggregation_errors": lambda plain: None if plain is None else _each(_number)(plain),
     "releases": lambda plain: tuple(map(_release, _list(plain))),

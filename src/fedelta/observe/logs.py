@@ -1,0 +1,34 @@
+"""What happens in a deployment as one line of JSON each, for programs that read logs.
+
+    {"time": "2026-11-22T10:00:00.123456+00:00", "level": "INFO", "event": "joined", "site": "a", "message": "site a
+     has joined", "logger": "fedelta.fleet.remote"}
+
+`time`, `level`, `message` and `logger` are always there; `event`, `job`, `round`, `site` and `op` where the code that
+logs knows them, and `traceback` where an exception is logged. Nothing else is written of what a call passes as `extra`,
+so that an object which holds a secret cannot get into a log by being passed along.
+"""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+KNOWN = ("event", "job", "round", "site", "op")  # what `extra` may say; empty texts are left out
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON, with all that is not ASCII escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname,
+        }
+        for name in KNOWN:
+            value = getattr(record, name, None)
+            if isinstance(value, str | int) and value != "":
+                found[name] = value
+        found["message"] = record.getMessage()
+        found["logger"] = record.name
+        if record.exc_info and record.exc_info[0] is not None:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found)
