@@ -112,11 +112,13 @@ class Chaos:
         for _ in range(max(3, rounds // 66)):
             add(rng.randrange(1, rounds - 12), "stop", rng.choice(HONEST[:18]))
         add(rng.randrange(rounds // 3, rounds // 2), "revoke", REVOKED)
+        add(rounds * 3 // 5 + 2, "outlast the certificate")  # later than all that kills the coordinator
         return found
 
     def _certificates(self) -> CertificateAuthority:
         authority = CertificateAuthority.create(self._folder / "ca", name="authority")
         now = datetime.now(UTC)
+        self._expires = time.monotonic() + LIFE_S
         for name in (*HONEST, *ROGUES):
             soon = now - timedelta(days=1) + timedelta(seconds=LIFE_S)
             authority.issue(name, self._folder / name, days=1, start=soon if name == EXPIRING else None)
@@ -203,11 +205,10 @@ class Chaos:
         soon = time.monotonic() + self._rng.random() * 0.3
         if what == "kill the coordinator":
             self._later.append((soon, self._kill_coordinator))
-        elif what == "stop the coordinator" and "serve" in self._processes.running:
-            pid = self._processes.running["serve"]
-            self._processes.signal("serve", signal.SIGSTOP)
-            self.seen.torn |= {self._round + more for more in range(4)}
-            self._later.append((soon + STILL_S, lambda: self._wake_coordinator(pid)))
+        elif what == "stop the coordinator":
+            self._stop_coordinator(soon + STILL_S)
+        elif what == "outlast the certificate":  # on a machine so fast that the run would be over before
+            self._stop_coordinator(max(soon, self._expires + 1.0))
         elif what == "kill":
             self._later.append((soon, lambda: self._kill(whom)))
         elif what == "stop" and whom not in self._stopped and whom in self._processes.running:
@@ -233,6 +234,13 @@ class Chaos:
             lines = rounds.read_bytes()[: meta["meta"]["bytes"]].splitlines()
             self.seen.committed |= {int(json.loads(line)["round"]): line for line in lines}
         self._serve("--resume")
+
+    def _stop_coordinator(self, until: float) -> None:
+        if "serve" in self._processes.running:
+            pid = self._processes.running["serve"]
+            self._processes.signal("serve", signal.SIGSTOP)
+            self.seen.torn |= {self._round + more for more in range(4)}
+            self._later.append((until, lambda: self._wake_coordinator(pid)))
 
     def _wake_coordinator(self, pid: int) -> None:
         if self._processes.running.get("serve") == pid:
