@@ -4,9 +4,9 @@
 
 It takes part in an experiment whose model is one linear layer with a bias, trained by FedAvg: docs/protocol.md. ROWS
 is a table with the names of its columns in the first line; the last column is the class, as a whole number. DIGEST is
-what `fedelta join --dry-run` prints. gRPC, protobuf, safetensors, cryptography and NumPy are all that it needs; the
-messages of frames.proto come compiled for Python. It keeps its replies in memory, so that a connection may break, and
-not the process. The final model is NAME.npy.
+what `fedelta join --dry-run` prints. gRPC, protobuf, safetensors, BLAKE3, cryptography and NumPy are all that it needs;
+the messages of frames.proto come compiled for Python. It keeps its replies in memory, so that a connection may break,
+and not the process. The final model is NAME.npy.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from blake3 import blake3
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -99,7 +100,7 @@ class Site:
 
     def framed(self, request: Any, content: bytes, error: str) -> list[bytes]:
         answers = f"{request.job}/{request.round}/{request.op}/{request.attempt}/{request.to}"
-        said = [request.digest, answers.encode(), str(request.round).encode(), hashlib.sha256(content).digest()]
+        said = [request.digest, answers.encode(), str(request.round).encode(), blake3(content).digest()]
         text = [error.encode()] if error else []
         signed = self.key.sign(statement(b"fedelta reply", *said, *text), ECDSA(SHA256()))
         reply = frames.Reply(digest=request.digest, answers=answers, round=request.round, body=len(content))

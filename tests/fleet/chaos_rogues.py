@@ -4,7 +4,6 @@ Each of them is a stream with frames made by hand. What it did, and what it was 
 """
 
 import asyncio
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from fedelta.cli.deployment import loaded
 from fedelta.core import codec
@@ -63,7 +63,7 @@ class Asked:
     def announced(self, raw: bytes, **changes: Any) -> bytes:
         """Signed as what it says, whatever that is."""
         said = replace(self.reply, error=changes.get("error"))
-        signature = self.sign(signatures.reply(self.digest, said, hashlib.sha256(raw).digest()))
+        signature = self.sign(signatures.reply(self.digest, said, blake3(raw).digest()))
         own = {"digest": self.digest, "answers": said.answers, "round": said.round, "body": len(raw)}
         return frame(frames.Reply(**(own | {"signature": signature} | changes)))
 

@@ -1,7 +1,6 @@
 """What networks, machines and strangers do to a fleet whose sites are elsewhere."""
 
 import contextlib
-import hashlib
 import logging
 import re
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from blake3 import blake3
 
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput
@@ -485,7 +485,7 @@ def signed_answer(asked: Any, raw: bytes) -> bytes:
     """By "amber"."""
     honest = parse(answer_to(asked, body=len(raw)))
     said = Reply(sender="amber", answers=honest.answers, round=honest.round)  # type: ignore[union-attr]
-    statement = signatures.reply(asked.digest, said, hashlib.sha256(raw).digest())
+    statement = signatures.reply(asked.digest, said, blake3(raw).digest())
     return answer_to(asked, body=len(raw), signature=signatures.Signer(issued("amber").key)(statement))
 
 
@@ -760,7 +760,7 @@ def false_coordinator(welcome: Any, asked: Any) -> Iterator[tuple[int, list[Any]
 
 def request_by(signer: str, run: str, *, body: bytes = b"", **changes: Any) -> Any:
     request = Request(to="amber", op="echo", round=1)
-    empty = hashlib.sha256(b"").digest()
+    empty = blake3().digest()
     said = digest_of(run, request, empty, empty)
     signature = signatures.Signer(issued(signer).key)(signatures.broadcast(run, "echo", "", 1, 0, empty))
     begun = announcement(request, said, signature)
