@@ -219,6 +219,8 @@ def write_docs(table: str, page: Path = PAGE) -> None:
 def _flower(options: argparse.Namespace, folder: Path) -> Flower | None:
     if options.python is None:
         return None
+    if options.flower_sites < LARGE.sites:
+        sys.exit(f"--flower-sites is {options.flower_sites}; let it be {LARGE.sites} or more, as {LARGE.name!r} has")
     try:
         return Flower(options.python, options.flower_sites, folder)
     except ValueError as error:

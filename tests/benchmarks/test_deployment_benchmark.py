@@ -74,3 +74,5 @@ def test_flower_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     for wrong in (f"flower={tmp_path}/none", str(python), f"pfl={python}"):
         with pytest.raises(SystemExit, match="2"):
             main(["--python", wrong])
+    with pytest.raises(SystemExit, match="--flower-sites is 3; let it be 4 or more"):
+        main(["--python", f"flower={python}", "--flower-sites", "3"])
