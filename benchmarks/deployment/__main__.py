@@ -1,22 +1,30 @@
-"""The deployment's wire beside bare gRPC streaming, on loopback with mutual TLS.
+"""The deployment's wire beside bare gRPC streaming and Flower's deployment, on loopback with TLS.
 
     python -m benchmarks.deployment              # about two minutes
     python -m benchmarks.deployment --docs       # also rewrites the table of docs/deployment.md
+    python -m benchmarks.deployment --python flower=/path/to/flower/bin/python
 
 Sites return the model that they get, and nobody trains. The bare contestant sends the same bytes in frames of the same
 size over gRPC's asyncio, with the same TLS and settings, and looks at nothing. Both take turns; a share is taken within
 a turn, and its median is told. Memory is that of the coordinator's process at its peak, in rounds in which it reads
 every reply, less what the process has with all sites connected and before there is a model. Nothing else should run on
 the machine meanwhile.
+
+Flower takes part where an interpreter that has it is given, with as many sites as --flower-sites says where the others
+have a hundred or more: its sites are too large for that (see with_flower.py). Its rounds are a block of their own and
+not in turns, since its processes ask for work again and again and would disturb the others; so there is no share of it.
+Seconds are taken in its ServerApp, from a model to the last reply. Memory is that of SuperLink and ServerApp, the peaks
+of both added. With it, the whole takes about ten minutes more.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +32,17 @@ from statistics import median
 from typing import Any
 
 from benchmarks.deployment.party import certify
+from benchmarks.deployment.with_flower import LIMIT_S, Flower, Found, NoAnswer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deployment.md"
 BEGIN, END = "<!-- wire -->", "<!-- /wire -->"
 _CHUNK = 2**20
 _SETTLED_S = 3.0
+_CAPTION = f"""Flower's deployment, with TLS and its documented settings, and as many sites as are said where they are
+fewer. Its rounds are a block of their own and not in turns with the others; each may take {LIMIT_S:.0f} s."""
+
+Row = tuple[str, ...]  # what, fedelta, bare gRPC, share, aim, Flower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,54 +103,86 @@ class Contestant:
         return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--only", choices=["large", "small", "idle"], action="append")
-    parser.add_argument("--docs", action="store_true", help="rewrite the table of docs/deployment.md")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     wanted = options.only or ["large", "small", "idle"]
-    lines = ["| | fedelta | bare gRPC | share | the aim |", "|---|---:|---:|---:|---:|"]
-    with tempfile.TemporaryDirectory(prefix="fedelta-bench-") as folder:
-        certify(Path(folder), max(work.sites for work in (LARGE, SMALL, IDLE)))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="fedelta-bench-") as temporary:
+        folder = Path(temporary)
+        flower = _flower(options, folder)
+        certify(folder, max(work.sites for work in (LARGE, SMALL, IDLE)))
         if "large" in wanted:
-            lines += large(Path(folder), options.turns)
+            rows += large(folder, options.turns, flower)
         if "small" in wanted:
-            lines += small(Path(folder), options.turns)
+            rows += small(folder, options.turns, flower)
         if "idle" in wanted:
-            lines += idle(Path(folder))
-    print("\n".join(lines))
+            rows += idle(folder, flower)
+    found = table(rows, flower.version if flower else None)
+    print(found)
     if options.docs:
-        write_docs("\n".join(lines))
+        write_docs(found)
 
 
-def large(folder: Path, turns: int) -> list[str]:
+def large(folder: Path, turns: int, flower: Flower | None) -> list[Row]:
     with both(LARGE, folder) as (own, bare):
         ours, theirs = in_turns(own, bare, turns)
         memory = own.memory() / LARGE.size
     moved = 2 * LARGE.sites * LARGE.size / 1e6
+    speed, models = told(
+        flower,
+        LARGE,
+        turns,
+        lambda found: f"{moved / median(found.seconds):,.0f} MB/s",
+        lambda found: f"{found.peak / LARGE.size:.1f} models",
+    )
+    speeds = [f"{moved / median(seconds):,.0f} MB/s" for seconds in (ours, theirs)]
     return [
-        f"| {LARGE.name}: both ways together | {moved / median(ours):,.0f} MB/s | {moved / median(theirs):,.0f} MB/s | "
-        f"{share(ours, theirs)} | 70% |",
-        f"| {LARGE.name}: memory of the coordinator | {memory:.1f} models | | | 3 |",
+        (f"{LARGE.name}: both ways together", *speeds, share(ours, theirs), "70%", speed),
+        (f"{LARGE.name}: memory of the coordinator", f"{memory:.1f} models", "", "", "3", models),
     ]
 
 
-def small(folder: Path, turns: int) -> list[str]:
+def small(folder: Path, turns: int, flower: Flower | None) -> list[Row]:
     with both(SMALL, folder) as (own, bare):
         ours, theirs = in_turns(own, bare, turns)
+    [rate] = told(flower, SMALL, turns, lambda found: f"{1 / median(found.seconds):.2g} rounds/s")
     rates = [f"{1 / median(seconds):.1f} rounds/s" for seconds in (ours, theirs)]
-    return [f"| {SMALL.name} | {rates[0]} | {rates[1]} | {share(ours, theirs)} | 60% |"]
+    return [(SMALL.name, *rates, share(ours, theirs), "60%", rate)]
 
 
-def idle(folder: Path) -> list[str]:
+def idle(folder: Path, flower: Flower | None) -> list[Row]:
     own = Contestant("fedelta", IDLE, folder)
     try:
         time.sleep(_SETTLED_S)
         found = (own.now() - own.alone) / 1e6
     finally:
         own.end()
-    return [f"| {IDLE.name}: memory of the coordinator | {found:.0f} MB | | | 300 MB |"]
+    [memory] = told(flower, IDLE, 0, lambda found: f"{found.connected / 1e6:.0f} MB")
+    return [(f"{IDLE.name}: memory of the coordinator", f"{found:.0f} MB", "", "", "300 MB", memory)]
+
+
+def told(flower: Flower | None, work: Work, rounds: int, *cells: Callable[[Found], str]) -> list[str]:
+    """Flower's cells of the table, with the number of its sites if it is not that of the work."""
+    if flower is None:
+        return [""] * len(cells)
+    sites = min(work.sites, flower.sites)
+    try:
+        found = flower.measure(sites, work.size, rounds)
+    except NoAnswer as error:
+        texts = [str(error)] * len(cells)
+    else:
+        texts = [cell(found) for cell in cells]
+    return [text if sites == work.sites else f"{text}, {sites} sites" for text in texts]
+
+
+def table(rows: Sequence[Row], flower: str | None) -> str:
+    """Of rows with a last cell for Flower, which is left out if there is no version of it."""
+    head: Row = ("", "fedelta", "bare gRPC", "share", "the aim", f"Flower {flower}")
+    columns = len(head) if flower is not None else len(head) - 1
+    lines = [" ".join(["|", *(f"{cell} |".lstrip() for cell in row[:columns])]) for row in (head, *rows)]
+    text = "\n".join([lines[0], "|---|" + "---:|" * (columns - 1), *lines[1:]])
+    return text if flower is None else f"{text}\n\n{_CAPTION}"
 
 
 def in_turns(own: Contestant, bare: Contestant, turns: int) -> tuple[list[float], list[float]]:
@@ -169,6 +214,35 @@ def write_docs(table: str, page: Path = PAGE) -> None:
         raise ValueError(f"{page} needs one line {BEGIN} and, after it, one line {END}")
     before, _, rest = text.partition(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}")
+
+
+def _flower(options: argparse.Namespace, folder: Path) -> Flower | None:
+    if options.python is None:
+        return None
+    if options.flower_sites < LARGE.sites:
+        sys.exit(f"--flower-sites is {options.flower_sites}; let it be {LARGE.sites} or more, as {LARGE.name!r} has")
+    try:
+        return Flower(options.python, options.flower_sites, folder)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks.deployment", description=__doc__, formatter_class=form)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--only", choices=["large", "small", "idle"], action="append")
+    parser.add_argument("--python", type=_python, metavar="flower=INTERPRETER", help="let Flower take part")
+    parser.add_argument("--flower-sites", type=int, default=25, metavar="N", help="where others have more; %(default)s")
+    parser.add_argument("--docs", action="store_true", help="rewrite the table of docs/deployment.md")
+    return parser
+
+
+def _python(setting: str) -> Path:
+    name, _, path = setting.partition("=")
+    if name != "flower" or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"flower=INTERPRETER with an interpreter that exists, not {setting!r}")
+    return Path(path)
 
 
 def _process(role: str, kind: str, folder: Path, *numbers: int) -> Any:
