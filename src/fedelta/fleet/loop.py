@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from fedelta.core.heap import keep_freed_memory
+
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[object, ...]]
 _LAST_S = 10.0  # for what a site still works on when the process ends
@@ -48,7 +50,7 @@ class _Threads:
     """Both threads, and what is on its way to them."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
+        keep_freed_memory()  # messages are as large as the model, and all of a size
         self.loop = asyncio.new_event_loop()
         self._calls: deque[_Call] = deque()
         self._woken = False
@@ -88,7 +90,7 @@ class _Threads:
                 del function, arguments  # or they would stay until the next ones come
 
     def _end(self) -> None:
-        if self.process == os.getpid():
+        if _made is self:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._streams.join(2)
             self._handed.put([(sys.exit, ())])  # PyTorch aborts in a thread that outlives the interpreter
@@ -97,15 +99,21 @@ class _Threads:
 
 _made: _Threads | None = None
 _making = threading.Lock()
-os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+def _forget() -> None:
+    """In a fork, which has no thread that would run its parent's loop."""
+    global _made, _making
+    _made, _making = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _threads() -> _Threads:
     global _made
-    found = _made
-    if found is None or found.process != os.getpid():  # a fork has no thread that would run its parent's
+    if _made is None:
         with _making:
-            found = _made
-            if found is None or found.process != os.getpid():
-                found = _made = _Threads()
-    return found
+            if _made is None:
+                _made = _Threads()
+    return _made

@@ -21,7 +21,7 @@ from torch import nn
 
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BadTensors
-from fedelta.core.messages import PartyId, Reply, Request
+from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
 from fedelta.core.threads import intra_op_threads
 from fedelta.fleet import certificate_forms as forms
@@ -360,16 +360,15 @@ class Member:
             raise BadTensors("what a request asks for is not plain text of one line")
         sizes = checked_size("a broadcast", begun.shared, most), checked_size("a request", begun.body, most)
         stream.begun = begun
-        stream.parts = [Incoming(size) for size in sizes]
-        for part, head in zip(stream.parts, (begun.shared_head, begun.body_head), strict=True):
-            part.add(memoryview(head))
+        heads = begun.shared_head, begun.body_head
+        stream.parts = [Incoming(size, head) for size, head in zip(sizes, heads, strict=True)]
 
     def _complete(self, stream: _Stream) -> None:
-        begun, digests = stream.begun, [part.digest() for part in stream.parts]
-        (shared, _), (body, meta) = (part.read() for part in stream.parts)
-        request = request_of(begun, shared, body, meta)
+        begun, (broadcast, own) = stream.begun, stream.parts
         stream.begun, stream.parts = None, []
-        self._check(begun, request, *digests)
+        of_shared, shared = _broadcast(broadcast)
+        request = request_of(begun, shared, *own.read())
+        self._check(begun, request, of_shared, own.digest())
         stream.dropped.discard(begun.digest)
         stored = self._answers.get(begun.digest)
         if begun.digest in self._pending or (stored is not None and (stored.error is None or not stored.sent)):
@@ -378,7 +377,7 @@ class Member:
         if len(self._pending) >= _AHEAD:
             raise BadTensors(f"{len(self._pending)} requests wait already, and a site takes one at a time")
         if self._coordinator:
-            self._receipts.broadcast(self._coordinator, request, self._kept.run or "", digests[0], begun.signature)
+            self._receipts.broadcast(self._coordinator, request, self._kept.run or "", of_shared, begun.signature)
         self._pending.add(begun.digest)
         self._waiting[begun.digest] = request
         work(self._turn, begun.digest)
@@ -409,6 +408,22 @@ class Member:
         self._answers[said] = stored
         if self._stream is not None:
             self._stream.outbox.put_nowait(said)
+
+
+_latest: tuple[bytes, bytes, Tensors] | None = None
+
+
+def _broadcast(came: Incoming) -> tuple[bytes, Tensors]:
+    """Digest and tensors. Those of few bytes are read once for all sites of this process, which get them together."""
+    global _latest
+    if came.whole and _latest is not None and _latest[0] == came.whole:
+        _, of_shared, shared = _latest
+        if not any(tensor._version for tensor in shared.values()):  # a faulty program may have written there
+            return of_shared, shared
+    of_shared, (shared, _) = came.digest(), came.read()
+    if came.whole:
+        _latest = came.whole, of_shared, shared
+    return of_shared, shared
 
 
 def _why_broken(details: str) -> str:

@@ -49,7 +49,7 @@ from fedelta.fleet.wire import (
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.2  # between two looks at what is due
-_PAUSE_S = 0.001  # in which more replies may come before whoever waits is woken
+_PAUSE_S = 0.005  # in which more replies may come before whoever waits is woken
 _STREAMS = 4  # of a connection. Not of the server: whoever keeps streams open would keep all others out
 
 
@@ -98,7 +98,7 @@ class Remote:
         self._closed = False
         self._broadcasts: weakref.WeakValueDictionary[int, Outgoing] = weakref.WeakValueDictionary()
         self._signer = None if credentials is None else signatures.Signer(credentials.key)
-        self._latest = b"", b""  # what was signed last, and the signature
+        self._latest: tuple[object, bytes] = None, b""  # what was signed last, and the signature
         now = time.monotonic()
         self._places = {
             name: Place(
@@ -155,26 +155,12 @@ class Remote:
         if request.to not in self._places:
             raise unknown_site(request.to, self._names)
         check_message(request.body, request.meta)
-        shared, body = self._broadcast(request.shared), Outgoing(request.body, request.meta)
-        said = digest_of(self._run, request, shared.digest(), body.digest())
-        ticket = Ticket(request, shared, body, said, self._signed(request, shared))
-        announcement(request, said, ticket.signature)  # raises for what cannot be sent
-        with self._news:
-            if self._closed:
-                raise RuntimeError("this fleet is closed; submit inside its `with` block")
-            if request.id in self._tickets:
-                raise twice(request.id)
-            self._tickets[request.id] = ticket
-        call(self._add, ticket)
+        self._submit([self._ticket(request)])
 
     def submit_many(self, requests: Requests, together: int) -> None:
         """Each site is asked for itself, whatever `together` says. Raises BadInput as `submit`, or for a site twice."""
         parts(requests, together, self._places.keys())
-        outstanding = next((request.id for request in requests if request.id in self._tickets), None)
-        if outstanding is not None:
-            raise twice(outstanding)
-        for request in requests:
-            self.submit(request)
+        self._submit([self._ticket(request) for request in requests])
 
     def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
         """As Fleet.next_reply."""
@@ -197,6 +183,22 @@ class Remote:
         for ticket in tickets:
             call(self._withdraw, ticket)
 
+    def _ticket(self, request: Request) -> Ticket:
+        shared, body = self._broadcast(request.shared), Outgoing(request.body, request.meta)
+        said = digest_of(self._run, request, shared.digest(), body.digest())
+        return Ticket(request, shared, body, announcement(request, said, self._signed(request, shared.digest())))
+
+    def _submit(self, tickets: Sequence[Ticket]) -> None:
+        """All of them, or none."""
+        with self._news:
+            if self._closed:
+                raise RuntimeError("this fleet is closed; submit inside its `with` block")
+            for ticket in tickets:
+                if ticket.request.id in self._tickets:
+                    raise twice(ticket.request.id)
+            self._tickets |= {ticket.request.id: ticket for ticket in tickets}
+        call(self._add, tickets)
+
     def _broadcast(self, shared: Tensors) -> Outgoing:
         """One object for the whole cohort: encoded once."""
         found = self._broadcasts.get(id(shared))
@@ -205,14 +207,13 @@ class Remote:
             found = self._broadcasts[id(shared)] = Outgoing(shared)
         return found
 
-    def _signed(self, request: Request, shared: Outgoing) -> bytes:
-        """The signature of a broadcast: one for the whole cohort."""
+    def _signed(self, request: Request, shared: bytes) -> bytes:
+        """The signature of a broadcast with this digest: one for the whole cohort."""
         if self._signer is None:
             return b""
-        what = (self._run, request.op, request.job, request.round, request.attempt)
-        said = signatures.broadcast(*what, shared.digest())
+        said = (self._run, request.op, request.job, request.round, request.attempt, shared)
         if self._latest[0] != said:
-            self._latest = said, self._signer(said)
+            self._latest = said, self._signer(signatures.broadcast(*said))
         return self._latest[1]
 
     # What follows runs in the event loop.
@@ -326,12 +327,13 @@ class Remote:
         if not ticket.over:
             self._places[ticket.request.to].end(ticket, None)
 
-    def _add(self, ticket: Ticket) -> None:
-        place = self._places[ticket.request.to]
-        place.add(ticket)
-        barred = self._register.barred(place.name)
-        if barred is not None and not ticket.over:
-            place.fail(ticket, barred)
+    def _add(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            place = self._places[ticket.request.to]
+            place.add(ticket)
+            barred = self._register.barred(place.name)
+            if barred is not None and not ticket.over:
+                place.fail(ticket, barred)
 
     async def _watch(self) -> None:
         """Deadlines, absences, stalled streams, and who may stay."""

@@ -1,9 +1,11 @@
 """Where replies are put together: in memory while there is room, otherwise in files that are gone when they are closed.
 
-What is in memory counts until nobody has the tensors any more, so that a program which is slower than the network
-finds the rest in files.
+What is in memory counts until nobody has the tensors any more. A reply for which there is no room waits a moment for
+it, in the buffers of the network: its site sends no faster than the program takes. Where that does not help, because
+the program keeps what it gets, the reply goes to a file.
 """
 
+import asyncio
 import tempfile
 import weakref
 from collections import deque
@@ -12,9 +14,11 @@ from typing import BinaryIO, cast
 
 from fedelta.fleet.wire import Incoming
 
+_WAIT_S, _LOOK_S = 1.0, 0.005
+
 
 class Room:
-    """Room for `most` bytes in memory, and more in files in a folder; to be used in one thread."""
+    """Room in memory for `most` bytes, or for one reply of any size, and for more in a folder; for use in one loop."""
 
     def __init__(self, most: int, folder: Path | None) -> None:
         self._most = most
@@ -22,13 +26,23 @@ class Room:
         self._held = 0
         self._freed: deque[int] = deque()  # from whatever thread lets go of a reply
 
-    def incoming(self, size: int) -> Incoming:
-        while self._freed:
-            self._held -= self._freed.popleft()
-        if self._held + size > self._most:
-            return Incoming(size, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
-        message = Incoming(size)
+    async def incoming(self, size: int, head: bytes = b"") -> Incoming:
+        """`head`: the bytes that came with the announcement; a message that is whole in it takes no more room."""
+        if len(head) == size:
+            return Incoming(size, head)
+        for _ in range(int(_WAIT_S / _LOOK_S)):
+            if self._has(size):
+                break
+            await asyncio.sleep(_LOOK_S)
+        if not self._has(size):
+            return Incoming(size, head, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
+        message = Incoming(size, head)
         if message.memory is not None:
             self._held += size
             weakref.finalize(message.memory, self._freed.append, size).atexit = False
         return message
+
+    def _has(self, size: int) -> bool:
+        while self._freed:
+            self._held -= self._freed.popleft()
+        return self._held == 0 or self._held + size <= self._most

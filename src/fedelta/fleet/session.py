@@ -24,7 +24,6 @@ from fedelta.fleet.wire import (
     MOST_KNOWN,
     Incoming,
     Outgoing,
-    announcement,
     asking,
     checked_size,
     clean,
@@ -46,14 +45,18 @@ class Ticket:
     request: Request
     shared: Outgoing
     body: Outgoing
-    digest: bytes
-    signature: bytes  # of the broadcast; empty without TLS
+    begun: Any  # its announcement
     asked: float | None = None  # since when it is the first of its site's; seconds of the monotonic clock
     over: bool = False  # answered, failed or withdrawn
     answered: bool = False  # by its site
 
+    @property
+    def digest(self) -> bytes:
+        found: bytes = self.begun.digest
+        return found
+
     def frames(self) -> Iterator[bytes]:
-        return asking(announcement(self.request, self.digest, self.signature), self.shared, self.body)
+        return asking(self.begun, self.shared, self.body)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -224,7 +227,7 @@ class Session:
             self.heard = time.monotonic()
             came = parse(raw)
             if isinstance(came, frames.Reply):
-                self._begin(came)
+                await self._begin(came)
             elif isinstance(came, memoryview):
                 if self._reply is None:
                     raise BadTensors("a chunk came that belongs to no reply")
@@ -242,7 +245,7 @@ class Session:
         if self.place.unasked.take(size + _FRAME, time.monotonic()) > 0:
             raise BadTensors("it goes on sending what nobody has asked for")
 
-    def _begin(self, begun: Any) -> None:
+    async def _begin(self, begun: Any) -> None:
         if self._reply is not None:
             self._reply[2].close()
             self._reply = None
@@ -250,9 +253,8 @@ class Session:
         if ticket is None or ticket.over or ticket.digest != begun.digest:
             late = self._known_of("late")
             log.info("site %s: a reply that nobody waits for was dropped", self.place.name, extra=late)
-            message = Incoming(checked_size("a reply", begun.body, self._most), drop=True)
+            message = Incoming(checked_size("a reply", begun.body, self._most), begun.body_head, drop=True)
             self._reply = begun, None, message
-            message.add(memoryview(begun.body_head))
             if not message.complete:
                 self._unwanted.append(begun.digest)
                 self.wake.set()
@@ -263,9 +265,8 @@ class Session:
         if begun.failed and (begun.body or not begun.error):
             raise BadTensors("a reply that says it failed has a body, or no reason")
         size = checked_size("a reply", begun.body, self._most)
-        message = self._room.incoming(size)
-        self._reply = begun, ticket, message
-        message.add(memoryview(begun.body_head))
+        self._reply = begun, ticket, await self._room.incoming(size, begun.body_head)
+        self.heard = time.monotonic()  # what was waited for was not the site
 
     def _complete(self, begun: Any, ticket: Ticket | None, message: Incoming) -> None:
         if ticket is None or ticket.over:

@@ -3,8 +3,8 @@
 TLS shows each end of a stream who the other one is, and nothing to anybody later. So the coordinator signs what it
 broadcasts, and a site what it replies, with the keys of their certificates; each checks the other's and keeps it. A
 signature is over a statement: SHA-256 over a tag and the parts of what is said, each with its length before it, so that
-no two sayings make one statement; of tensors, their BLAKE3 is a part. Keys are on P-256 (ECDSA with SHA-256), or RSA (PSS with SHA-256) where an
-organisation has its own authority.
+no two sayings make one statement; of a message with tensors, its BLAKE3 is a part. Keys are on P-256 (ECDSA with
+SHA-256), or RSA (PSS with SHA-256) where an organisation has its own authority.
 """
 
 import hashlib

@@ -204,17 +204,25 @@ class Outgoing:
 class Incoming:
     """A message that comes in chunks, put together in one buffer: in memory, in a file, or nowhere.
 
-    The memory is not touched before bytes arrive for it, so that an announcement alone takes none.
+    The memory is not touched before bytes arrive for it, so that an announcement alone takes none. A message that is
+    whole in its announcement stays there.
     """
 
-    def __init__(self, size: int, *, file: BinaryIO | None = None, drop: bool = False) -> None:
-        """`file`: an empty one that is open for reading and writing, which is closed here; `drop`: only count."""
+    def __init__(self, size: int, head: bytes = b"", *, file: BinaryIO | None = None, drop: bool = False) -> None:
+        """`head`: the bytes that came with the announcement; `drop`: only count.
+
+        `file`: an empty one that is open for reading and writing, which is closed here. Raises BadTensors as `add`.
+        """
+        elsewhere = file is not None or drop
         self.size = size
-        self.memory = np.empty(size, dtype=np.uint8) if file is None and not drop else None
-        self._there = 0
-        self._hash = None if drop else blake3()
+        self.whole = head if len(head) == size and not elsewhere else None
+        self.memory = None if elsewhere or self.whole is not None else np.empty(size, dtype=np.uint8)
+        self._there = len(self.whole or b"")
+        self._hash = None if drop or self.whole is not None else blake3()
         self._file = file
         self._buffer = None if self.memory is None else self.memory.data
+        if self.whole is None:
+            self.add(memoryview(head))
 
     @property
     def complete(self) -> bool:
@@ -235,6 +243,8 @@ class Incoming:
 
     def digest(self) -> bytes:
         """BLAKE3 of what has come, where it was not dropped."""
+        if self.whole is not None:
+            return blake3(self.whole).digest()
         assert self._hash is not None
         return self._hash.digest()
 
@@ -242,6 +252,8 @@ class Incoming:
         """The complete message; the tensors are views of the buffer. Raises BadTensors if it is not well formed."""
         if self.size == 0:
             return {}, {}
+        if self.whole is not None:
+            return codec.decode(self.whole)
         if self._file is not None:
             self._file.flush()
             # private: what is read here may be written to, and stays here
