@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedelta.cli.tables import new_table, show_table
 from fedelta.fleet import own_files
 from fedelta.fleet.certificate_forms import checked_name, day
 from fedelta.fleet.certificates import (
@@ -173,15 +173,13 @@ def listing(folder: Path) -> None:
     authority = CertificateAuthority.open(folder)
     issued, ends = authority.issued(), authority.revoked().next_update_utc
     assert ends is not None
-    Console(highlight=False).print(_table(issued))
+    show_table(Console(highlight=False), _table(issued))
     _say(f"The authority {authority.name!r} is valid until {day(authority.certificate.not_valid_after_utc)}.")
     _say(f"Its list of revoked certificates is valid until {day(ends)}.")
 
 
 def _table(issued: list[Issued]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("name", "purpose", "serial number", "from", "until", "state"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("serial number", "from", "until"))
+    table = new_table("name", "purpose", "serial number", "from", "until", "state", texts=6)
     for one in issued:
         purpose = f"{one.purpose} at {', '.join(one.hosts)}" if one.hosts else one.purpose
         since = f" {one.revoked:%Y-%m-%d}" if one.revoked is not None else ""
