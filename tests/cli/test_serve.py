@@ -104,7 +104,7 @@ class Processes:
         return (self.folder / f"{log}.log").read_text()
 
     def until(self, log: str, text: str) -> None:
-        for _ in range(3000):
+        for _ in range(12000):
             if (self.folder / f"{log}.log").exists() and text in self.said(log):
                 return
             time.sleep(0.01)
@@ -189,7 +189,7 @@ def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None
     join = ["join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--set", "LR=0.2"]
     other = processes("other", *join, "--name", "a")
     stranger = processes("stranger", *join, "--name", "c")
-    assert other.wait(30) == stranger.wait(30) == 2
+    assert other.wait(120) == stranger.wait(120) == 2
     assert "fedelta: a has another experiment" in processes.said("other")
     assert "'c' is not a registered site" in processes.said("stranger")
     assert "another experiment" in processes.said("serve")
@@ -205,6 +205,10 @@ def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path:
         (["serve", file], "give --certificates"),
         (["join", file, "--at", "127.0.0.1:1", "--insecure"], "needs --name"),
         (["serve", file, "--insecure", "--listen", "0.0.0.0:0", *out], "without TLS"),
+        (["serve", file, "--insecure", "--listen", "127.0.0.1:70000", *out], "no port 70000 in '127.0.0.1:70000'"),
+        (["serve", file, "--insecure", "--listen", "127.0.0.1", *out], "is not HOST:PORT, such as"),
+        (["join", file, "--at", "127.0.0.1:65536", "--insecure", "--name", "a"], "they are from 1 to 65535"),
+        (["join", file, "--at", "127.0.0.1:0", "--insecure", "--name", "a"], "they are from 1 to 65535"),
         (["serve", file, "--insecure", "--min-sites", 3, *out], "--min-sites 3 is more than the 2 sites"),
         (["serve", file, "--insecure", "--sites", "a,,b", *out], "distinct names"),
         (["join", file, "--at", "example.org:1", "--insecure", "--name", "a"], "without TLS"),
@@ -215,3 +219,4 @@ def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path:
         (["serve", file, "--certificates", tmp_path], "ca.pem cannot be read"),
     ]:
         assert why in fedelta(*arguments, status=2)
+    assert not (tmp_path / "run").exists()  # of which a second try would say that it is there already

@@ -16,7 +16,7 @@ from fedelta.algorithms.forecast_sums import Bearing
 from fedelta.cli import guarantees
 from fedelta.cli.tables import new_table, show_table
 from fedelta.core.messages import PartyId
-from fedelta.fleet.policy import Demand, Facts, Policy, demands, told, verdict
+from fedelta.fleet.policy import Demand, Facts, Policy, demands, told
 from fedelta.secure.aggregation import SecureAggregation
 
 _TENSORS_SHOWN = 12
@@ -45,10 +45,12 @@ def show(
         )
     else:
         found = demands(policy, facts)
-        show_table(console, _held(found), "Policy")
-        met = all(one.met for one in found)
+        show_table(console, _held(found, facts), "Policy")
+        unmet = sum(not one.met for one in found)
+        met = not unmet
+        verdict = "join" if met else f"not join: {unmet} of {len(found)} demands are not met"
         console.print()
-        _say(console, f"{verdict(found).capitalize()}.", "bold green" if met else "bold red")
+        _say(console, f"This site would {verdict}.", "bold green" if met else "bold red")
     return met
 
 
@@ -84,11 +86,12 @@ def _count(shape: Sequence[int]) -> int:
     return total
 
 
-def _held(found: Sequence[Demand]) -> Table:
+def _held(found: Sequence[Demand], facts: Facts) -> Table:
     table = new_table("", "demand", "asks for", "found", texts=4)
     for one in found:
         mark = "met" if one.met else "[bold red]NOT MET[/]"
-        table.add_row(mark, escape(one.key), escape(one.asks), escape(one.found))
+        said = one.found.replace(facts.experiment, f"{facts.experiment[:16]}…")  # above it is in full
+        table.add_row(mark, escape(one.key), escape(one.asks), escape(said))
     return table
 
 

@@ -16,6 +16,7 @@ from fedelta.cli.experiment import Sites
 from fedelta.cli.options import RunSettings
 from fedelta.cli.simulate import Elsewhere, Simulation
 from fedelta.core.errors import BadInput
+from fedelta.fleet.address import check_address
 from fedelta.fleet.limits import Limits
 from fedelta.fleet.revocations import Revocations
 
@@ -91,6 +92,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
     """
     log_to_stderr(options["log"])
     _, credentials = trusted(options["certificates"], options["insecure"], "coordinator")
+    check_address(options["listen"], credentials)  # before there is a folder
     loaded_experiment, federation = loaded(experiment, options["settings"], test=True, rounds=rounds)
     if options["enough"] is not None:
         federation = replace(federation, enough=options["enough"])

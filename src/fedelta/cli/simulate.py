@@ -223,12 +223,8 @@ class Simulation:
                     progress.show(report)
                     trackers.show(report)
         except KeyboardInterrupt:
-            console.print(
-                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.settings.again}",
-                markup=False,
-                soft_wrap=True,
-            )
-            raise click.Abort from None
+            kept = f"{plural(len(reports), 'round')} {'is' if len(reports) == 1 else 'are'} kept"
+            raise click.Abort(f"{kept}. Continue with:\n  {self.settings.again}") from None
         except Exception:
             folder.commit()
             if reports:

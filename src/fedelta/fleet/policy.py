@@ -333,22 +333,6 @@ def told(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def describe(policy: Policy, facts: Facts) -> list[str]:
-    """A line for each: what would be computed and leave, the demands of the policy with whether it is met, the end."""
-    hours = _ANY if policy.hours is None else "; ".join(map(str, policy.hours)) + f" in {policy.zone}"
-    found = demands(policy, facts)
-    return [
-        *(f"{name:<12}{text}" for name, text in [*told(facts), ("hours", hours)]),
-        *(f"{'met    ' if one.met else 'NOT MET'}     {one.key}: {one.asks}; found {one.found}" for one in found),
-        verdict(found),
-    ]
-
-
-def verdict(found: Sequence[Demand]) -> str:
-    unmet = sum(not one.met for one in found)
-    return f"this site would {'join' if not unmet else f'not join: {unmet} of {len(found)} demands are not met'}"
-
-
 def _rounds(facts: Facts) -> str:
     return "1 round" if facts.rounds == 1 else f"{facts.rounds:,} rounds"
 

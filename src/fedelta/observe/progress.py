@@ -121,7 +121,8 @@ class Progress:
     def show(self, report: Report) -> None:
         """A round is over."""
         now = time.monotonic()
-        self._durations.append(now - self._began)
+        # What the round itself took: in a deployment a round may have to wait until enough sites are there.
+        self._durations.append(sum(report.seconds.values()) or now - self._began)
         self._began = now
         first = self._report is None
         self._report = report
