@@ -196,6 +196,38 @@ def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None
     assert "any process of this machine may take part" in processes.said("serve")
 
 
+def test_as_json_each_round_is_a_record_and_for_people_it_is_not_told_twice(processes: Processes) -> None:
+    for form in ("json", "text"):
+        port = free_port()
+        common = ["experiment.py", "--insecure", "--log", form, "--set", "ROUNDS=3"]
+        listen = ["--listen", f"127.0.0.1:{port}", "--out", form]
+        coordinator = processes(form, "serve", *common, *listen)
+        for name in ("a", "b"):
+            processes(name, "join", *common, "--at", f"127.0.0.1:{port}", "--name", name, may_read=name)
+        assert coordinator.wait(120) == 0, processes.said(form)
+    told = [json.loads(line) for line in processes.said("json").splitlines() if line.startswith("{")]
+    rounds = [one for one in told if one.get("event") == "round"]
+    run = json.loads((processes.folder / "json" / "manifest.json").read_text())["run"]
+    reports = [json.loads(line) for line in (processes.folder / "json" / "rounds.jsonl").read_text().splitlines()]
+    assert [one["metrics"] for one in rounds] == [report["metrics"] for report in reports]
+    for number, one in enumerate(rounds, start=1):
+        assert (one["level"], one["job"], one["round"]) == ("INFO", run, number)
+        assert (sorted(one["answered"]), one["absent"]) == (["a", "b"], {})
+    assert "is over: 2 of 2" not in processes.said("text")
+
+
+def test_ctrl_c_is_told_once_with_how_to_go_on(processes: Processes) -> None:
+    port = free_port()
+    serve = processes("serve", "serve", "experiment.py", "--listen", f"127.0.0.1:{port}", "--insecure", "--out", "run")
+    join = processes("join", "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--name", "a")
+    processes.until("serve", "site a has joined")
+    for log, one in (("join", join), ("serve", serve)):
+        one.send_signal(signal.SIGINT)
+        assert one.wait(120) == 130
+        assert processes.said(log).lower().count("interrupted") == 1, processes.said(log)
+    assert "0 rounds are kept. Continue with:\n  fedelta serve" in processes.said("serve")
+
+
 def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path: Path) -> None:
     file = tmp_path / "experiment.py"
     file.write_text(EXPERIMENT)

@@ -154,7 +154,8 @@ def check_logs(processes: Processes, folder: Path) -> None:
     lines = [line for line in processes.said("serve").splitlines() if line.startswith("{")]
     told = [json.loads(line) for line in lines]
     assert {"joined", "round", "quarantined", "readmitted", "refused", "shut out"} <= {one.get("event") for one in told}
-    assert any(one.get("round") == 3 and one["event"] == "round" for one in told)
+    third = next(one for one in told if one.get("round") == 3 and one["event"] == "round")
+    assert (third["level"], third["answered"], [*third["absent"]]) == ("INFO", ["a"], ["b"])
     assert {one["site"] for one in told if one.get("event") == "joined"} == {"a", "b"}
     secrets = [
         line

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from fedelta.core.messages import Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
-from fedelta.observe.progress import Progress, Watched
+from fedelta.core.watched import Watched
+from fedelta.observe.progress import Progress
 
 
 class Echo:

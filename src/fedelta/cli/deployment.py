@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from fedelta.core.extras import require
-from fedelta.observe.logs import JsonLines
+from fedelta.observe.logs import JsonLines, NoRounds
 
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
@@ -89,9 +89,11 @@ def log_to_stderr(form: str) -> None:
     as_json = form == "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if not as_json:
+        handler.addFilter(NoRounds())
     logging.captureWarnings(as_json)
     for name in ("fedelta", "opentelemetry", *(["py.warnings"] if as_json else [])):
         logger = logging.getLogger(name)
         logger.handlers = [handler]  # of one command, where several run in a process
         logger.propagate = False
-    logging.getLogger("fedelta").setLevel(logging.DEBUG if as_json else logging.INFO)
+    logging.getLogger("fedelta").setLevel(logging.INFO)

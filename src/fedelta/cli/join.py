@@ -50,7 +50,7 @@ from fedelta.fleet.policy import NO_POLICY, Door, Policy
     "--dry-run",
     is_flag=True,
     help="Tell what would be computed and what would leave, held against the policy, and end: with status 2 where the "
-    "policy refuses, as without it. Nothing is sent or written, no data are read; it needs no certificate, but a --name.",
+    "policy refuses, as without it. Nothing is sent or written, no data are read, and a --name does for a certificate.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of PyTorch.")
 @deployment_options

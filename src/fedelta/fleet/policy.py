@@ -13,7 +13,7 @@ what becomes of what has left.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, tzinfo
 from typing import Literal

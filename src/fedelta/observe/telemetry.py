@@ -17,7 +17,7 @@ do not wait for it, but for a few seconds at the end. Needs the extra "telemetry
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedelta.core import codec
 from fedelta.core.errors import BadInput
 from fedelta.core.extras import require
-from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
+from fedelta.core.messages import Replies, Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
+from fedelta.core.watched import Watched
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -45,7 +46,7 @@ class _Asked:
 
     span: "Span"
     op: str
-    all: str  # the id of the requests that it is one of
+    all: str  # the id of the requests that it is one of, by which they are withdrawn together
     since: float
 
 
@@ -100,7 +101,7 @@ class Telemetry:
 
     def watch(self, fleet: Fleet) -> Fleet:
         """The same fleet, whose requests and replies are traced."""
-        return _Traced(fleet, self)
+        return Watched(fleet=fleet, on_request=self._ask, on_reply=self._reply, on_cancel=self._cancel)
 
     def show(self, report: Report) -> None:
         """A round is over."""
@@ -132,10 +133,11 @@ class Telemetry:
         for end in ends:
             end.join(max(0.0, until - time.monotonic()))
 
-    def asked(self, requests: Iterable[Request], all: str) -> None:
-        """Before they are handed over; `all` is the id of the requests that they belong to, with one broadcast."""
+    def _ask(self, asked: Request | Requests) -> None:
         from opentelemetry.trace import set_span_in_context
 
+        requests = asked if isinstance(asked, Requests) else [asked]
+        all = asked.id if isinstance(asked, Requests) else asked.id.removesuffix(f"/{asked.to}")
         alike: int | None = None  # bytes of a request that is the broadcast alone
         for request in requests:
             if request.body or request.meta:
@@ -156,7 +158,7 @@ class Telemetry:
             self._bytes.add(size, {"direction": "down", "op": request.op})
             self._asked[request.id] = _Asked(span=span, op=request.op, all=all, since=time.monotonic())
 
-    def replied(self, reply: Reply | Replies) -> None:
+    def _reply(self, reply: Reply | Replies) -> None:
         if isinstance(reply, Reply):
             size = 0 if reply.error is not None else codec.size(reply.body, reply.meta)
             self._answered(reply.answers, size, reply.error)
@@ -167,7 +169,7 @@ class Telemetry:
         for sender, error in reply.errors.items():
             self._answered(f"{reply.answers}/{sender}", 0, error)
 
-    def cancelled(self, request_id: str) -> None:
+    def _cancel(self, request_id: str) -> None:
         for one in [id for id, asked in self._asked.items() if request_id in (id, asked.all)]:
             self._withdraw(self._asked.pop(one))
 
@@ -209,33 +211,6 @@ class Telemetry:
         if self._round is not None:
             self._round[1].end()
             self._round = None
-
-
-@dataclass(frozen=True)
-class _Traced:
-    fleet: Fleet
-    telemetry: Telemetry
-
-    def parties(self) -> Sequence[PartyId]:
-        return self.fleet.parties()
-
-    def submit(self, request: Request) -> None:
-        self.telemetry.asked([request], request.id.removesuffix(f"/{request.to}"))
-        self.fleet.submit(request)
-
-    def submit_many(self, requests: Requests, together: int) -> None:
-        self.telemetry.asked(requests, requests.id)
-        self.fleet.submit_many(requests, together)
-
-    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
-        reply = self.fleet.next_reply(timeout_s)
-        if reply is not None:
-            self.telemetry.replied(reply)
-        return reply
-
-    def cancel(self, request_id: str) -> None:
-        self.telemetry.cancelled(request_id)
-        self.fleet.cancel(request_id)
 
 
 def _error(why: str) -> Any:
