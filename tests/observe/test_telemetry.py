@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -216,6 +217,19 @@ def test_a_collector_that_is_not_there_holds_nothing_up(monkeypatch: pytest.Monk
         assert fleet.next_reply() is not None
         telemetry.show(Report(round=number))
     telemetry.close()
+
+
+def test_a_collector_that_never_answers_is_broken_off_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
+        before = {*threading.enumerate()}
+        telemetry = Telemetry.from_environment()
+        telemetry.show(Report(round=1))
+        telemetry.close()
+        for one in {*threading.enumerate()} - before:  # none that would hold the process until the hour is over
+            one.join(60)
+            assert not one.is_alive(), one.name
 
 
 def test_it_reaches_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ do not wait for it, but for a few seconds at the end. Needs the extra "telemetry
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,9 +61,18 @@ class Telemetry:
     `told` False leaves out why a site failed, as reports do under a guarantee: it may depend on the site's data.
     """
 
-    def __init__(self, tracers: "TracerProvider", meters: "MeterProvider", *, job: str = "", told: bool = True) -> None:
-        """`job` is said of every span, unless a request has its own."""
+    def __init__(
+        self,
+        tracers: "TracerProvider",
+        meters: "MeterProvider",
+        *,
+        job: str = "",
+        told: bool = True,
+        exporters: Sequence[Any] = (),
+    ) -> None:
+        """`job` is said of every span, unless a request has its own. `exporters` are broken off by a late `close`."""
         self._providers: tuple[Any, ...] = (tracers, meters)
+        self._exporters = exporters
         self._tracer = tracers.get_tracer(_NAME)
         meter = meters.get_meter(_NAME)
         self._rounds = meter.create_counter("fedelta.rounds", unit="{round}", description="Rounds that are over.")
@@ -93,11 +102,12 @@ class Telemetry:
         named = "service.name=" in _setting("OTEL_RESOURCE_ATTRIBUTES", "") or _setting("OTEL_SERVICE_NAME", "")
         resource = Resource.create({} if named else {"service.name": "fedelta-coordinator"})
         tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
-        for exporter in _exporters("traces"):
+        of_traces, of_metrics = _exporters("traces"), _exporters("metrics")
+        for exporter in of_traces:
             tracers.add_span_processor(BatchSpanProcessor(exporter))
-        readers = [PeriodicExportingMetricReader(exporter) for exporter in _exporters("metrics")]
+        readers = [PeriodicExportingMetricReader(exporter) for exporter in of_metrics]
         meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
-        return cls(tracers, meters, job=job, told=told)
+        return cls(tracers, meters, job=job, told=told, exporters=[*of_traces, *of_metrics])
 
     def watch(self, fleet: Fleet) -> Fleet:
         """The same fleet, whose requests and replies are traced."""
@@ -129,9 +139,10 @@ class Telemetry:
         ends = [threading.Thread(target=provider.shutdown, daemon=True) for provider in self._providers]
         for end in ends:
             end.start()
-        until = time.monotonic() + _LAST_S
-        for end in ends:
-            end.join(max(0.0, until - time.monotonic()))
+        if not _ended(ends, _LAST_S):  # a call that goes on would keep the process from ending until its own timeout
+            for exporter in self._exporters:
+                exporter.shutdown()
+            _ended(ends, _LAST_S / 5)
 
     def _ask(self, asked: Request | Requests) -> None:
         from opentelemetry.trace import set_span_in_context
@@ -211,6 +222,13 @@ class Telemetry:
         if self._round is not None:
             self._round[1].end()
             self._round = None
+
+
+def _ended(threads: Sequence[threading.Thread], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    for one in threads:
+        one.join(max(0.0, until - time.monotonic()))
+    return not any(one.is_alive() for one in threads)
 
 
 def _error(why: str) -> Any:
