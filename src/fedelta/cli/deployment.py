@@ -15,6 +15,7 @@ from fedelta.observe.logs import JsonLines, NoRounds
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
     from fedelta.cli.experiment import Experiment
+    from fedelta.fleet.revocations import Revocations
     from fedelta.fleet.wire import Credentials
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,21 @@ def trusted(
 
     party = Party.read(certificates, purpose)
     return party.name, Credentials(root=party.root, chain=party.chain, key=party.key)
+
+
+def watch_expiry(
+    certificates: Path | None, credentials: "Credentials | None", revoked: "Revocations | None" = None
+) -> None:
+    """Warn of what ends soon, now and while the process lives."""
+    from fedelta.cli.expiry import Expiry, Paper
+
+    papers: list[Callable[[], Paper]] = []
+    if certificates is not None and credentials is not None:
+        own = Paper.certificate(certificates, credentials)
+        papers.append(lambda: own)
+    if revoked is not None:
+        papers.append(lambda: Paper.revoked(revoked))
+    Expiry(papers).begin()
 
 
 def loaded(

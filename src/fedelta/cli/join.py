@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedelta.algorithms.federation import Federation
 from fedelta.cli import dry_run
-from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted
+from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Experiment
 from fedelta.cli.facts import facts
 from fedelta.cli.models import kept_by
@@ -68,6 +68,7 @@ def command(experiment: Path, at: str | None, name: str | None, keep: Path | Non
     known, credentials = trusted(options["certificates"], options["insecure"], "site")
     own = _own(name, known)
     check_address(at, credentials, least=1)
+    watch_expiry(options["certificates"], credentials)
     file, federation = loaded(experiment, options["settings"], test=False)
     folder, names = keep or Path("joined") / own, _names(file)
     member = Member(

@@ -32,9 +32,10 @@ class JsonLines(logging.Formatter):
                 found[name] = value
         for name in _MANY:
             value = getattr(record, name, None)
-            inner = value.values() if isinstance(value, dict) else value
-            if isinstance(value, list | dict) and all(isinstance(one, str | int | float) for one in inner):
-                found[name] = value
+            if isinstance(value, list | dict):
+                inner = value.values() if isinstance(value, dict) else value
+                if all(isinstance(one, str | int | float) for one in inner):
+                    found[name] = value
         found["message"] = record.getMessage()
         found["logger"] = record.name
         if record.exc_info and record.exc_info[0] is not None:
