@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -226,6 +228,26 @@ def test_ctrl_c_is_told_once_with_how_to_go_on(processes: Processes) -> None:
         assert one.wait(120) == 130
         assert processes.said(log).lower().count("interrupted") == 1, processes.said(log)
     assert "0 rounds are kept. Continue with:\n  fedelta serve" in processes.said("serve")
+
+
+def test_on_a_terminal_what_happens_stands_above_the_progress(processes: Processes) -> None:
+    port, (ours, theirs) = free_port(), pty.openpty()
+    code = "from fedelta.cli.main import main; main()"
+    serve = ["serve", "experiment.py", "--insecure", "--listen", f"127.0.0.1:{port}", "--out", "run"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    serving = subprocess.Popen(
+        [sys.executable, "-c", code, *serve], cwd=processes.folder, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    processes.running.append(serving)
+    processes("a", "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--name", "a")
+    screen = b""
+    while b"Waiting for sites: 1 of at least 2" not in screen:
+        screen += os.read(ours, 4096)  # raises where the process has ended
+    os.close(ours)
+    plain = re.sub(rb"\x1b\[[0-9;]*m", b"", screen)  # without colours
+    assert b"site a has joined" in plain
+    assert not re.search(rb"waiting for the first round(Waiting|\d)", plain), plain
 
 
 def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -100,10 +100,18 @@ def loaded(
     return experiment, replace(federation, entropy=entropy, plan=federation.plan.plain)
 
 
+class _Screen(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the moment: while progress is shown, that is above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(form: str) -> None:
     """One line for each thing that happens to a stream; as JSON also for each round, and for warnings of libraries."""
     as_json = form == "json"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Screen() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if not as_json:
         handler.addFilter(NoRounds())

@@ -100,6 +100,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
     names = loaded_experiment.names() if options["sites"] is None else _named(options["sites"])
     if (options["min_sites"] or 0) > len(names):
         raise BadInput(f"--min-sites {options['min_sites']} is more than the {len(names)} sites that may join")
+    console = Console(highlight=False)
     coordinator = Coordinator(
         listen=options["listen"],
         names=names,
@@ -110,7 +111,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
         quarantine_after=options["quarantine_after"],
         telemetry=options["telemetry"],
         hand_over=not options["no_hand_over"],
-        console=Console(highlight=False),
+        console=console,
     )
     Simulation(
         title=experiment.stem,
@@ -125,6 +126,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
             again=f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume",
         ),
         elsewhere=Elsewhere(fleet=coordinator.fleet, rounds=coordinator.rounds),
+        console=console,
     ).run()
 
 
