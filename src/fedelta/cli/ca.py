@@ -210,12 +210,13 @@ def _lasting(end: datetime, now: datetime) -> str:
 
 
 def _table(issued: list[Issued]) -> Table:
-    table = new_table("name", "purpose", "serial number", "from", "until", "state", texts=6)
+    table = new_table("name", "purpose", "serial number", "until", "state", texts=5)
     for one in issued:
         purpose = f"{one.purpose} at {', '.join(one.hosts)}" if one.hosts else one.purpose
         since = f" {one.revoked:%Y-%m-%d}" if one.revoked is not None else ""
-        dates = (f"{moment:%Y-%m-%d}" for moment in (one.start, one.end))
-        table.add_row(escape(one.name), purpose, one.serial[:_SHOWN_DIGITS], *dates, f"{one.state}{since}")
+        table.add_row(
+            escape(one.name), purpose, one.serial[:_SHOWN_DIGITS], f"{one.end:%Y-%m-%d}", f"{one.state}{since}"
+        )
     return table
 
 
