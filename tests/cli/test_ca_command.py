@@ -1,6 +1,8 @@
 """`fedelta ca` as its users type it: an authority, a coordinator, sites that make their own keys and others."""
 
+import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
@@ -10,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tests.cli.in_process import Fedelta, fedelta
 
 from fedelta.cli.ca import command
+from fedelta.fleet.certificates import CertificateAuthority
 from fedelta.fleet.own_files import Party
 from fedelta.fleet.revocations import Revocations
 
@@ -58,25 +61,44 @@ def test_from_nothing_to_a_revoked_site(fedelta: Fedelta, here: Path) -> None:
     assert "ca/revoked.crl is valid until" in fedelta("ca", "renew-list", "--days", 60)
     assert revocations.until > until
 
-    lines = [" ".join(line.split()) for line in fedelta("ca", "list").splitlines()]
-    assert lines[0] == "name purpose serial number from until state"
+    lines = [" ".join(line.split()) for line in fedelta("ca", "show").splitlines()]
+    assert "name purpose serial number until state" in lines
     day = r"\d{4}-\d\d-\d\d"
     for row in (
-        rf"Zürich site [0-9a-f]{{16}} {day} {day} revoked {day}",
-        rf"hospital-b site [0-9a-f]{{16}} {day} {day} valid",
-        rf"coordinator coordinator at localhost, 127\.0\.0\.1 [0-9a-f]{{16}} {day} {day} valid",
+        rf"Zürich site [0-9a-f]{{16}} {day} revoked {day}",
+        rf"hospital-b site [0-9a-f]{{16}} {day} valid",
+        rf"coordinator coordinator at localhost, 127\.0\.0\.1 [0-9a-f]{{16}} {day} valid",
     ):
         assert any(re.fullmatch(row, line) for line in lines), row
-    assert any("The authority 'The consortium' is valid until" in line for line in lines)
+    assert lines[0].startswith("The authority 'The consortium' is valid until")
+    assert re.fullmatch(r"Its list of revoked certificates has 1 certificate, and is valid until .* UTC\.", lines[2])
+
+    told = json.loads(fedelta("ca", "show", "ca", "--json"))
+    authority = CertificateAuthority.open("ca")
+    assert (told["name"], told["fingerprint"]) == (authority.name, authority.fingerprint)
+    assert datetime.fromisoformat(told["list"]["end"]) == revocations.until
+    revoked = {one["serial"]: one["revoked"] for one in told["issued"] if one["state"] == "revoked"}
+    assert told["list"]["revoked"] == revoked
+    assert {one["name"]: one["state"] for one in told["issued"]} == {
+        "Zürich": "revoked",
+        "hospital-b": "valid",
+        "coordinator": "valid",
+    }
+
+
+def test_what_has_expired_is_shown_so(fedelta: Fedelta) -> None:
+    fedelta("ca", "init")
+    CertificateAuthority.open("ca").renew_list(days=1, now=datetime.now(UTC) - timedelta(days=2))
+    assert "and HAS EXPIRED on" in fedelta("ca", "show")
 
 
 def test_a_serial_number_from_the_list_can_be_revoked(fedelta: Fedelta) -> None:
     fedelta("ca", "init")
     fedelta("ca", "issue", "a", "--out", "first")
     fedelta("ca", "issue", "a", "--out", "second", "--renew")
-    serial = re.findall(r"[0-9a-f]{16}", fedelta("ca", "list"))[0]
+    serial = re.findall(r"[0-9a-f]{16}", fedelta("ca", "show"))[0]
     fedelta("ca", "revoke", serial)
-    states = [line.split()[5] for line in fedelta("ca", "list").splitlines() if line.startswith("a ")]
+    states = [line.split()[4] for line in fedelta("ca", "show").splitlines() if line.startswith("a ")]
     assert sorted(states) == ["revoked", "valid"]
 
 
@@ -100,8 +122,8 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(fedelta: Fedelta, here: P
         (["issue", "b", "--ca", "a"], "no certificate authority in a"),
         (["request", "a"], "is there already"),
         (["request", "-- b"], "No such option|begins or ends"),
-        (["revoke", "b"], "`fedelta ca list` shows all"),
-        (["list", "--ca", "a"], "no certificate authority in a"),
+        (["revoke", "b"], "`fedelta ca show` shows all"),
+        (["show", "a"], "no certificate authority in a"),
     ]
     for arguments, why in wrong:
         error = fedelta("ca", *arguments, status=2)

@@ -46,7 +46,7 @@ def test_a_log_is_checked_and_added_up(fedelta: Fedelta, log: Path) -> None:
     for text in (
         "abababababababab… 2 train, 2 steps of secure",
         "cdcdcdcdcdcdcdcd… none 1 1",
-        "part-0 float32[2, 3]",
+        "part-0:float32[2,3]",
         "… 2 more",
     ):
         assert text in words(printed)

@@ -113,14 +113,14 @@ def test_a_policy_that_is_met_is_said_so_demand_by_demand(fedelta: Fedelta) -> N
         ("MASKS=false", ["experiments.digests", "secure.collect", "secure.least"]),
     ],
 )
-def test_a_policy_that_is_not_met_ends_with_status_1_and_each_reason(
+def test_a_policy_that_is_not_met_ends_with_status_2_and_each_reason(
     fedelta: Fedelta, capfd: pytest.CaptureFixture[str], setting: str, keys: list[str]
 ) -> None:
     path = policy(fedelta("join", "experiment.py", "--dry-run", "--name", "a"))
     with pytest.raises(SystemExit) as end:
         main(["join", "experiment.py", "--dry-run", "--name", "a", "--policy", path, "--set", setting])
     printed = capfd.readouterr().out
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert f"This site would not join: {len(keys)} of 15 demands are not met." in printed
     unmet = [line.split()[2] for line in printed.splitlines() if line.startswith("NOT MET")]
     assert unmet == keys

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -104,7 +106,7 @@ class Processes:
         return (self.folder / f"{log}.log").read_text()
 
     def until(self, log: str, text: str) -> None:
-        for _ in range(3000):
+        for _ in range(12000):
             if (self.folder / f"{log}.log").exists() and text in self.said(log):
                 return
             time.sleep(0.01)
@@ -189,11 +191,63 @@ def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None
     join = ["join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--set", "LR=0.2"]
     other = processes("other", *join, "--name", "a")
     stranger = processes("stranger", *join, "--name", "c")
-    assert other.wait(30) == stranger.wait(30) == 2
+    assert other.wait(120) == stranger.wait(120) == 2
     assert "fedelta: a has another experiment" in processes.said("other")
     assert "'c' is not a registered site" in processes.said("stranger")
     assert "another experiment" in processes.said("serve")
     assert "any process of this machine may take part" in processes.said("serve")
+
+
+def test_as_json_each_round_is_a_record_and_for_people_it_is_not_told_twice(processes: Processes) -> None:
+    for form in ("json", "text"):
+        port = free_port()
+        common = ["experiment.py", "--insecure", "--log", form, "--set", "ROUNDS=3"]
+        listen = ["--listen", f"127.0.0.1:{port}", "--out", form]
+        coordinator = processes(form, "serve", *common, *listen)
+        for name in ("a", "b"):
+            processes(name, "join", *common, "--at", f"127.0.0.1:{port}", "--name", name, may_read=name)
+        assert coordinator.wait(120) == 0, processes.said(form)
+    told = [json.loads(line) for line in processes.said("json").splitlines() if line.startswith("{")]
+    rounds = [one for one in told if one.get("event") == "round"]
+    run = json.loads((processes.folder / "json" / "manifest.json").read_text())["run"]
+    reports = [json.loads(line) for line in (processes.folder / "json" / "rounds.jsonl").read_text().splitlines()]
+    assert [one["metrics"] for one in rounds] == [report["metrics"] for report in reports]
+    for number, one in enumerate(rounds, start=1):
+        assert (one["level"], one["job"], one["round"]) == ("INFO", run, number)
+        assert (sorted(one["answered"]), one["absent"]) == (["a", "b"], {})
+    assert "is over: 2 of 2" not in processes.said("text")
+
+
+def test_ctrl_c_is_told_once_with_how_to_go_on(processes: Processes) -> None:
+    port = free_port()
+    serve = processes("serve", "serve", "experiment.py", "--listen", f"127.0.0.1:{port}", "--insecure", "--out", "run")
+    join = processes("join", "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--name", "a")
+    processes.until("serve", "site a has joined")
+    for log, one in (("join", join), ("serve", serve)):
+        one.send_signal(signal.SIGINT)
+        assert one.wait(120) == 130
+        assert processes.said(log).lower().count("interrupted") == 1, processes.said(log)
+    assert "0 rounds are kept. Continue with:\n  fedelta serve" in processes.said("serve")
+
+
+def test_on_a_terminal_what_happens_stands_above_the_progress(processes: Processes) -> None:
+    port, (ours, theirs) = free_port(), pty.openpty()
+    code = "from fedelta.cli.main import main; main()"
+    serve = ["serve", "experiment.py", "--insecure", "--listen", f"127.0.0.1:{port}", "--out", "run"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    serving = subprocess.Popen(
+        [sys.executable, "-c", code, *serve], cwd=processes.folder, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    processes.running.append(serving)
+    processes("a", "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--name", "a")
+    screen = b""
+    while b"Waiting for sites: 1 of at least 2" not in screen:
+        screen += os.read(ours, 4096)  # raises where the process has ended
+    os.close(ours)
+    plain = re.sub(rb"\x1b\[[0-9;]*m", b"", screen)  # without colours
+    assert b"site a has joined" in plain
+    assert not re.search(rb"waiting for the first round(Waiting|\d)", plain), plain
 
 
 def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path: Path) -> None:
@@ -205,6 +259,10 @@ def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path:
         (["serve", file], "give --certificates"),
         (["join", file, "--at", "127.0.0.1:1", "--insecure"], "needs --name"),
         (["serve", file, "--insecure", "--listen", "0.0.0.0:0", *out], "without TLS"),
+        (["serve", file, "--insecure", "--listen", "127.0.0.1:70000", *out], "no port 70000 in '127.0.0.1:70000'"),
+        (["serve", file, "--insecure", "--listen", "127.0.0.1", *out], "is not HOST:PORT, such as"),
+        (["join", file, "--at", "127.0.0.1:65536", "--insecure", "--name", "a"], "they are from 1 to 65535"),
+        (["join", file, "--at", "127.0.0.1:0", "--insecure", "--name", "a"], "they are from 1 to 65535"),
         (["serve", file, "--insecure", "--min-sites", 3, *out], "--min-sites 3 is more than the 2 sites"),
         (["serve", file, "--insecure", "--sites", "a,,b", *out], "distinct names"),
         (["join", file, "--at", "example.org:1", "--insecure", "--name", "a"], "without TLS"),
@@ -215,3 +273,4 @@ def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path:
         (["serve", file, "--certificates", tmp_path], "ca.pem cannot be read"),
     ]:
         assert why in fedelta(*arguments, status=2)
+    assert not (tmp_path / "run").exists()  # of which a second try would say that it is there already

@@ -154,7 +154,8 @@ def check_logs(processes: Processes, folder: Path) -> None:
     lines = [line for line in processes.said("serve").splitlines() if line.startswith("{")]
     told = [json.loads(line) for line in lines]
     assert {"joined", "round", "quarantined", "readmitted", "refused", "shut out"} <= {one.get("event") for one in told}
-    assert any(one.get("round") == 3 and one["event"] == "round" for one in told)
+    third = next(one for one in told if one.get("round") == 3 and one["event"] == "round")
+    assert (third["level"], third["answered"], [*third["absent"]]) == ("INFO", ["a"], ["b"])
     assert {one["site"] for one in told if one.get("event") == "joined"} == {"a", "b"}
     secrets = [
         line
@@ -171,11 +172,14 @@ def check_logs(processes: Processes, folder: Path) -> None:
 def test_the_table_has_all_sites_and_why_one_is_in_quarantine(
     fedelta: Fedelta, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     printed = fedelta("sites", run)
-    rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
-    assert "2 rounds" in rows["a"]
-    assert "since 2" in rows["[red]b"]
+    table = printed.partition("No coordinator runs")[0].splitlines()
+    rows = {line.split()[0]: line for line in table if line.strip()}
+    with Registry(run / DATABASE) as registry:
+        since = registry.quarantined()["[red]b"].since
+    assert rows["a"].split()[3] == "2"  # rounds, after a day and a minute
+    assert rows["[red]b"].split()[4:6] == ["2", f"{since:%Y-%m-%d}"]  # failures, since when
     assert "never" in rows["c"]
     assert "[red]b is in quarantine since" in printed
     assert "It has failed 2 times in a row, the last in round 2: its value is [NaN]" in printed

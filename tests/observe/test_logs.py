@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from fedelta.observe.logs import JsonLines
+from fedelta.observe.logs import ROUND, JsonLines, NoRounds
 
 
 @pytest.fixture
@@ -42,6 +42,24 @@ def test_a_record_is_one_line_with_what_is_known_of_it(written: tuple[logging.Lo
         "message": "site ä\x1b\nhas joined",
         "logger": "fedelta.test_logs",
     }
+
+
+def test_a_round_has_its_sites_and_metrics(written: tuple[logging.Logger, StringIO]) -> None:
+    logger, stream = written
+    told = {"answered": ["a", "b"], "absent": {"c": "it sleeps"}, "metrics": {"loss": 0.5, "rate": "NaN"}}
+    logger.info("a round", extra={"event": ROUND, "round": 3, **told})
+    logger.info("a round", extra={"event": ROUND, "answered": [object()], "absent": {"c": b"key"}, "metrics": "all"})
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert {name: first[name] for name in told} == told
+    assert not told.keys() & second.keys()
+
+
+def test_rounds_are_left_out_of_what_people_read(written: tuple[logging.Logger, StringIO]) -> None:
+    logger, stream = written
+    logger.handlers[0].addFilter(NoRounds())
+    logger.info("a round", extra={"event": ROUND})
+    logger.info("a site has joined", extra={"event": "joined"})
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["joined"]
 
 
 def test_nothing_else_that_is_passed_along_is_written(written: tuple[logging.Logger, StringIO]) -> None:

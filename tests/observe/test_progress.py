@@ -8,7 +8,8 @@ from rich.console import Console
 
 from fedelta.core.messages import Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
-from fedelta.observe.progress import Progress, Watched
+from fedelta.core.watched import Watched
+from fedelta.observe.progress import Progress
 
 
 class Echo:
@@ -154,3 +155,10 @@ def test_on_a_terminal_the_last_value_of_each_metric_is_kept() -> None:
     assert "warning: round 1 goes on without a: no rows" in output.getvalue()
     last = output.getvalue().rpartition("2/2")[2]
     assert "test_accuracy 50.0%  train_loss 0.2500" in last
+
+
+def test_the_time_left_counts_what_rounds_took_and_not_what_was_waited_for_sites() -> None:
+    reports = [Report(round=number, seconds={"sites": 100.0, "aggregation": 20.0}) for number in (1, 2)]
+    (first, _) = lines_of(reports, 4, every_s=0.0)
+    assert "2 min 00 s/round" in first
+    assert "about 6 min 00 s left" in first

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +26,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
@@ -216,6 +217,29 @@ def test_a_collector_that_is_not_there_holds_nothing_up(monkeypatch: pytest.Monk
         assert fleet.next_reply() is not None
         telemetry.show(Report(round=number))
     telemetry.close()
+
+
+class Stuck(SpanExporter):
+    """One whose collector never answers: it waits until it is shut down."""
+
+    def __init__(self) -> None:
+        self.broken_off = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.broken_off.wait()
+        return SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        self.broken_off.set()
+
+
+def test_a_collector_that_never_answers_is_broken_off_in_the_end() -> None:
+    stuck, tracers = Stuck(), TracerProvider(shutdown_on_exit=False)
+    tracers.add_span_processor(BatchSpanProcessor(stuck))
+    telemetry = Telemetry(tracers, MeterProvider(shutdown_on_exit=False), exporters=[stuck])
+    telemetry.show(Report(round=1))
+    telemetry.close()
+    assert stuck.broken_off.is_set()  # or the process could not end before the call does
 
 
 def test_it_reaches_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """What a coordinator notes down while the replies of a round come in: who is absent and why, and the bytes."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from fedelta.core.errors import RoundLost
 from fedelta.core.messages import PUBLIC, PartyId, Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.program import Fleet, Report
 from fedelta.core.release import Release
+from fedelta.core.watched import Watched
 
 _NOT_TOLD = "it gave nothing that could be used; no guarantee covers why, so that is not told"
 
@@ -37,7 +37,7 @@ class Tally:
 
     def metered(self, fleet: Fleet) -> Fleet:
         """The same fleet; bytes, and the time that is spent waiting for replies, are added up."""
-        return _Metered(fleet, self)
+        return Watched(fleet=fleet, on_request=self._down, on_reply=self._up, on_wait=self._waited)
 
     def accept(self, senders: Sequence[PartyId], count: int) -> None:
         self.accepted += count
@@ -83,6 +83,23 @@ class Tally:
     def _tellable(self, absent: Mapping[PartyId, str]) -> Mapping[PartyId, str]:
         return absent if self.told else dict.fromkeys(absent, _NOT_TOLD)
 
+    def _down(self, request: Request | Requests) -> None:
+        if isinstance(request, Request):
+            self.bytes_down += codec.size({**request.shared, **request.body}, request.meta)
+            return
+        alike = len(request) - len(request.bodies)
+        self.bytes_down += alike * codec.size(request.shared)
+        self.bytes_down += sum(codec.size({**request.shared, **body}) for body in request.bodies.values())
+
+    def _up(self, reply: Reply | Replies) -> None:
+        if isinstance(reply, Replies):
+            self.bytes_up += sum(len(senders) * codec.size(body) for senders, body in bodies(reply, {}))
+        elif reply.error is None:
+            self.bytes_up += codec.size(reply.body, reply.meta)
+
+    def _waited(self, seconds: float) -> None:
+        self.waited += seconds
+
     def shortage(self, round: int, needed: int) -> str:
         answered = f"{self.accepted} of {len(self.cohort)} sites answered and {needed} must"
         return f"round {round}: {answered} ({self.reasons(self.absent)})"
@@ -118,37 +135,3 @@ def parted(body: Tensors) -> tuple[Tensors, Tensors]:
     """What the body of a sum has of each site, by the names of the numbers; and the sum."""
     public = {name.removeprefix(PUBLIC): tensor for name, tensor in body.items() if name.startswith(PUBLIC)}
     return public, {name: tensor for name, tensor in body.items() if not name.startswith(PUBLIC)} if public else body
-
-
-@dataclass(frozen=True)
-class _Metered:
-    """A fleet whose traffic a tally notes down."""
-
-    fleet: Fleet
-    tally: Tally
-
-    def parties(self) -> Sequence[PartyId]:
-        return self.fleet.parties()
-
-    def submit(self, request: Request) -> None:
-        self.tally.bytes_down += codec.size({**request.shared, **request.body}, request.meta)
-        self.fleet.submit(request)
-
-    def submit_many(self, requests: Requests, together: int) -> None:
-        alike = len(requests) - len(requests.bodies)
-        self.tally.bytes_down += alike * codec.size(requests.shared)
-        self.tally.bytes_down += sum(codec.size({**requests.shared, **body}) for body in requests.bodies.values())
-        self.fleet.submit_many(requests, together)
-
-    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
-        asked = time.perf_counter()
-        reply = self.fleet.next_reply(timeout_s)
-        self.tally.waited += time.perf_counter() - asked
-        if isinstance(reply, Replies):
-            self.tally.bytes_up += sum(len(senders) * codec.size(body) for senders, body in bodies(reply, {}))
-        elif reply is not None and reply.error is None:
-            self.tally.bytes_up += codec.size(reply.body, reply.meta)
-        return reply
-
-    def cancel(self, request_id: str) -> None:
-        self.fleet.cancel(request_id)

@@ -1,17 +1,20 @@
 """`fedelta ca`: a small certificate authority, so that a coordinator and its sites know each other in TLS."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedelta.cli.tables import new_table, show_table
 from fedelta.fleet import own_files
-from fedelta.fleet.certificate_forms import checked_name, day
+from fedelta.fleet.certificate_forms import checked_name, day, serial_text
 from fedelta.fleet.certificates import (
     AUTHORITY_DAYS,
     CERTIFICATE,
@@ -22,6 +25,7 @@ from fedelta.fleet.certificates import (
     CertificateAuthority,
     Issued,
 )
+from fedelta.observe.text import plural
 
 _SHOWN_DIGITS = 16  # of a serial number in a table: enough to tell all from each other, and to revoke one by
 
@@ -166,27 +170,53 @@ def renew_list(days: int, folder: Path) -> None:
     _say(f"{folder / REVOKED} is valid until {day(end)}; give it to the coordinator.")
 
 
-@command.command("list", short_help="Show what was issued, and what was revoked.")
-@_folder
-def listing(folder: Path) -> None:
-    """Show what was issued, until when it is valid, and what was revoked."""
+@command.command(short_help="Show the authority, what it has issued, and what it has revoked.")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="ca")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def show(folder: Path, as_json: bool) -> None:
+    """Show the authority in FOLDER (ca, if none is given): until when it, its certificates and its list are valid."""
     authority = CertificateAuthority.open(folder)
-    issued, ends = authority.issued(), authority.revoked().next_update_utc
+    issued, revoked = authority.issued(), authority.revoked()
+    start, end = authority.certificate.not_valid_before_utc, authority.certificate.not_valid_after_utc
+    ends = revoked.next_update_utc
     assert ends is not None
-    Console(highlight=False).print(_table(issued))
-    _say(f"The authority {authority.name!r} is valid until {day(authority.certificate.not_valid_after_utc)}.")
-    _say(f"Its list of revoked certificates is valid until {day(ends)}.")
+    if as_json:
+        plain = {
+            "name": authority.name,
+            "fingerprint": authority.fingerprint,
+            "start": start,
+            "end": end,
+            "issued": [{**asdict(one), "state": one.state} for one in issued],
+            "list": {
+                "start": revoked.last_update_utc,
+                "end": ends,
+                "revoked": {serial_text(one.serial_number): one.revocation_date_utc for one in revoked},
+            },
+        }
+        click.echo(json.dumps(plain, indent=1, default=datetime.isoformat))
+        return
+    now = datetime.now(UTC)
+    _say(f"The authority {authority.name!r} {_lasting(end, now)}.")
+    _say(f"SHA-256 of its certificate: {authority.fingerprint}")
+    count = plural(len(revoked), "certificate")
+    _say(f"Its list of revoked certificates has {count}, and {_lasting(ends, now)}.")
+    if issued:
+        _say("")
+        show_table(Console(highlight=False), _table(issued))
+
+
+def _lasting(end: datetime, now: datetime) -> str:
+    return f"{'is valid until' if now <= end else 'HAS EXPIRED on'} {day(end)}"
 
 
 def _table(issued: list[Issued]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("name", "purpose", "serial number", "from", "until", "state"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("serial number", "from", "until"))
+    table = new_table("name", "purpose", "serial number", "until", "state", texts=5)
     for one in issued:
         purpose = f"{one.purpose} at {', '.join(one.hosts)}" if one.hosts else one.purpose
         since = f" {one.revoked:%Y-%m-%d}" if one.revoked is not None else ""
-        dates = (f"{moment:%Y-%m-%d}" for moment in (one.start, one.end))
-        table.add_row(escape(one.name), purpose, one.serial[:_SHOWN_DIGITS], *dates, f"{one.state}{since}")
+        table.add_row(
+            escape(one.name), purpose, one.serial[:_SHOWN_DIGITS], f"{one.end:%Y-%m-%d}", f"{one.state}{since}"
+        )
     return table
 
 

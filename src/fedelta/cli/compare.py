@@ -131,8 +131,7 @@ class Comparison:
             self._run(setup.keeping_features(self.out / _FEATURES), todo, reports, failures, key, console)
         except KeyboardInterrupt:
             count = len(dict(_kept(self.out / RESULTS, key, jobs)))
-            console.print(f"Interrupted; {count} of {plural(len(jobs), 'run')} are kept. The same command continues.")
-            raise click.Abort from None
+            raise click.Abort(f"{count} of {plural(len(jobs), 'run')} are kept. The same command continues.") from None
         shutil.rmtree(self.out / _FEATURES, ignore_errors=True)
         return results
 

@@ -22,6 +22,8 @@ from fedelta.fleet.registry import DATABASE, Registry
 from fedelta.fleet.remote import Remote
 from fedelta.fleet.wire import Credentials
 from fedelta.observe.folder import STATE, RunFolder, read_run
+from fedelta.observe.logs import ROUND
+from fedelta.observe.plain import to_plain
 from fedelta.observe.telemetry import Telemetry
 from fedelta.observe.text import plural
 
@@ -140,9 +142,18 @@ class Coordinator:
         return registry
 
     def _committed(self, report: Report) -> None:
-        self._attendance.committed(replace(_turns(report), state=self._digest()))
-        what = f"round {report.round} is committed: {len(report.cohort) - len(report.absent)} of {len(report.cohort)}"
-        log.debug("%s counted", what, extra={"event": "round", "round": report.round})
+        turns = replace(_turns(report), state=self._digest())
+        self._attendance.committed(turns)
+        told = {
+            "event": ROUND,
+            "job": str(self._folder.manifest["run"]),
+            "round": report.round,
+            "answered": list(turns.counted),
+            "absent": dict(report.absent),
+            "metrics": to_plain(report)["metrics"],
+        }
+        what = f"round {report.round} is over: {len(turns.counted)} of {len(report.cohort)} sites counted"
+        log.info("%s", what, extra=told)
 
     def _digest(self) -> str:
         """SHA-256 of the state that was committed last."""

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.chain import Line
 from fedelta.core.errors import BadInput
 from fedelta.fleet.departures import FILE, Departure, Total, read, totals
@@ -44,10 +44,10 @@ def command(log: Path, last: int, noted: str | None, as_json: bool) -> None:
     if not lines:
         return
     console.print()
-    console.print(_totals(lines))
+    show_table(console, _totals(lines))
     if last:
         console.print()
-        console.print(_lines(lines[-last:]))
+        show_table(console, _lines(lines[-last:]))
     console.print()
     _say(console, f"head {head}")
     _say(
@@ -64,7 +64,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 def _totals(lines: Sequence[Line[Departure]]) -> Table:
     """Of each experiment."""
-    table = _table(("experiment", "answers"), ("failures", "rounds", "left"))
+    table = new_table("experiment", "answers", "failures", "rounds", "left", texts=2)
     for experiment, total in totals(lines).items():
         numbers = (f"{total.failures:,}", f"{total.rounds:,}", f"{total.bytes:,} B")
         table.add_row(f"{experiment[:16]}…", escape(_answers(total)), *numbers)
@@ -79,21 +79,14 @@ def _answers(total: Total) -> str:
 
 
 def _lines(lines: Sequence[Line[Departure]]) -> Table:
-    table = _table(("time (UTC)", "request", "tensors"), ("round", "bytes"))
+    table = new_table("time (UTC)", "request", "tensors", "round", "bytes", texts=3)
     for line in lines:
         entry = line.entry
-        names = [f"{piece.name} {piece.dtype}{list(piece.shape)}" for piece in entry.tensors[:_TENSORS_SHOWN]]
+        names = [
+            f"{piece.name}:{piece.dtype}[{','.join(map(str, piece.shape))}]" for piece in entry.tensors[:_TENSORS_SHOWN]
+        ]
         rest = len(entry.tensors) - len(names)
         what = entry.error or ", ".join([*names, *([f"… {rest} more"] if rest else [])]) or "nothing"
         when = f"{line.time:%Y-%m-%d %H:%M:%S}"
         table.add_row(when, escape(entry.op), escape(what), f"{entry.round:,}", bytes_text(entry.bytes))
-    return table
-
-
-def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in words:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", overflow="fold")
     return table

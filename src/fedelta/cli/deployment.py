@@ -5,16 +5,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
 from fedelta.core.extras import require
-from fedelta.observe.logs import JsonLines
+from fedelta.observe.logs import JsonLines, NoRounds
 
 if TYPE_CHECKING:
     from fedelta.algorithms.federation import Federation
     from fedelta.cli.experiment import Experiment
+    from fedelta.fleet.revocations import Revocations
     from fedelta.fleet.wire import Credentials
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,21 @@ def trusted(
     return party.name, Credentials(root=party.root, chain=party.chain, key=party.key)
 
 
+def watch_expiry(
+    certificates: Path | None, credentials: "Credentials | None", revoked: "Revocations | None" = None
+) -> None:
+    """Warn of what ends soon, now and while the process lives."""
+    from fedelta.cli.expiry import Expiry, Paper
+
+    papers: list[Callable[[], Paper]] = []
+    if certificates is not None and credentials is not None:
+        own = Paper.certificate(certificates, credentials)
+        papers.append(lambda: own)
+    if revoked is not None:
+        papers.append(lambda: Paper.revoked(revoked))
+    Expiry(papers).begin()
+
+
 def loaded(
     path: Path, settings: tuple[str, ...], *, test: bool, rounds: int | None = None
 ) -> "tuple[Experiment, Federation[Any]]":
@@ -84,14 +100,24 @@ def loaded(
     return experiment, replace(federation, entropy=entropy, plan=federation.plan.plain)
 
 
+class _Screen(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the moment: while progress is shown, that is above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(form: str) -> None:
     """One line for each thing that happens to a stream; as JSON also for each round, and for warnings of libraries."""
     as_json = form == "json"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Screen() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if not as_json:
+        handler.addFilter(NoRounds())
     logging.captureWarnings(as_json)
     for name in ("fedelta", "opentelemetry", *(["py.warnings"] if as_json else [])):
         logger = logging.getLogger(name)
         logger.handlers = [handler]  # of one command, where several run in a process
         logger.propagate = False
-    logging.getLogger("fedelta").setLevel(logging.DEBUG if as_json else logging.INFO)
+    logging.getLogger("fedelta").setLevel(logging.INFO)

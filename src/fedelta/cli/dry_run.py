@@ -6,7 +6,6 @@ Nothing is sent, and no data are read.
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,8 +14,9 @@ from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast import asked_in
 from fedelta.algorithms.forecast_sums import Bearing
 from fedelta.cli import guarantees
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.messages import PartyId
-from fedelta.fleet.policy import Demand, Facts, Policy, demands, told, verdict
+from fedelta.fleet.policy import Demand, Facts, Policy, demands, told
 from fedelta.secure.aggregation import SecureAggregation
 
 _TENSORS_SHOWN = 12
@@ -36,17 +36,21 @@ def show(
     rows = told(facts)
     if policy is not None and policy.hours is not None:
         rows.append(("hours", f"{'; '.join(map(str, policy.hours))} in {policy.zone}"))
-    _print(console, "What it would do", _words(rows))
-    _print(console, "What is trained and leaves", _tensors(facts))
-    _print(console, "Who sees what", _words(guarantees.trust(federation, _bearing(federation, sites))))
+    show_table(console, _words(rows), "What it would do")
+    show_table(console, _tensors(facts), "What is trained and leaves")
+    show_table(console, _words(guarantees.trust(federation, _bearing(federation, sites))), "Who sees what")
     if policy is None:
-        _print(console, "Policy", _words([("", "none: this site would take part, whatever this is; give --policy")]))
+        show_table(
+            console, _words([("", "none: this site would take part, whatever this is; give --policy")]), "Policy"
+        )
     else:
         found = demands(policy, facts)
-        _print(console, "Policy", _held(found))
-        met = all(one.met for one in found)
+        show_table(console, _held(found, facts), "Policy")
+        unmet = sum(not one.met for one in found)
+        met = not unmet
+        verdict = "join" if met else f"not join: {unmet} of {len(found)} demands are not met"
         console.print()
-        _say(console, f"{verdict(found).capitalize()}.", "bold green" if met else "bold red")
+        _say(console, f"This site would {verdict}.", "bold green" if met else "bold red")
     return met
 
 
@@ -54,29 +58,15 @@ def _say(console: Console, text: str, style: str = "") -> None:
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
-def _print(console: Console, heading: str, table: Table) -> None:
-    console.print()
-    console.print(heading, style="bold")
-    console.print(table)
-
-
-def _table(*columns: str, numbers: int = 0) -> Table:
-    """A table whose last `numbers` columns are numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(columns), show_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place >= len(columns) - numbers else "left", overflow="fold")
-    return table
-
-
 def _words(rows: Sequence[tuple[str, str]]) -> Table:
-    table = _table("", "")
+    table = new_table("", "", texts=2)
     for name, text in rows:
         table.add_row(name, escape(text))
     return table
 
 
 def _tensors(facts: Facts) -> Table:
-    table = _table("tensor", "shape", "numbers", numbers=1)
+    table = new_table("tensor", "shape", "numbers", texts=2)
     sizes = [_count(shape) for shape in facts.shapes]
     rows = list(zip(facts.tensors, facts.shapes, sizes, strict=True))
     for name, shape, size in rows[:_TENSORS_SHOWN]:
@@ -96,11 +86,12 @@ def _count(shape: Sequence[int]) -> int:
     return total
 
 
-def _held(found: Sequence[Demand]) -> Table:
-    table = _table("", "demand", "asks for", "found")
+def _held(found: Sequence[Demand], facts: Facts) -> Table:
+    table = new_table("", "demand", "asks for", "found", texts=4)
     for one in found:
         mark = "met" if one.met else "[bold red]NOT MET[/]"
-        table.add_row(mark, escape(one.key), escape(one.asks), escape(one.found))
+        said = one.found.replace(facts.experiment, f"{facts.experiment[:16]}…")  # above it is in full
+        table.add_row(mark, escape(one.key), escape(one.asks), escape(said))
     return table
 
 

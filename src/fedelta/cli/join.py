@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedelta.algorithms.federation import Federation
 from fedelta.cli import dry_run
-from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted
+from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Experiment
 from fedelta.cli.facts import facts
 from fedelta.cli.models import kept_by
@@ -20,6 +20,7 @@ from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.messages import PartyId
 from fedelta.core.program import SiteData
 from fedelta.fleet import policy_file
+from fedelta.fleet.address import check_address
 from fedelta.fleet.departures import FILE, Departures
 from fedelta.fleet.member import Member
 from fedelta.fleet.own_files import IDENTITY, Party
@@ -48,8 +49,8 @@ from fedelta.fleet.policy import NO_POLICY, Door, Policy
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Tell what would be computed and what would leave, held against the policy, and end: with status 1 where the "
-    "policy refuses. Nothing is sent or written, no data are read, and no certificate is needed, but a --name.",
+    help="Tell what would be computed and what would leave, held against the policy, and end: with status 2 where the "
+    "policy refuses, as without it. Nothing is sent or written, no data are read, and a --name does for a certificate.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of PyTorch.")
 @deployment_options
@@ -66,6 +67,8 @@ def command(experiment: Path, at: str | None, name: str | None, keep: Path | Non
     log_to_stderr(options["log"])
     known, credentials = trusted(options["certificates"], options["insecure"], "site")
     own = _own(name, known)
+    check_address(at, credentials, least=1)
+    watch_expiry(options["certificates"], credentials)
     file, federation = loaded(experiment, options["settings"], test=False)
     folder, names = keep or Path("joined") / own, _names(file)
     member = Member(
@@ -84,7 +87,7 @@ def command(experiment: Path, at: str | None, name: str | None, keep: Path | Non
 
 
 def _tell(experiment: Path, name: str | None, options: dict[str, Any]) -> None:
-    """Exits with status 1 where the policy refuses."""
+    """Exits with status 2 where the policy refuses."""
     folder = options["certificates"]
     own = _own(name, None if folder is None else Party.read(folder, "site").name)
     file, federation = loaded(experiment, options["settings"], test=False)
@@ -93,7 +96,7 @@ def _tell(experiment: Path, name: str | None, options: dict[str, Any]) -> None:
         raise BadInput(f"{experiment} has no site {own!r}; it has {', '.join(names)}")
     found = facts(federation, own, names)
     if not dry_run.show(federation, found, policy, own, names, Console(highlight=False)):
-        sys.exit(1)
+        sys.exit(2)
 
 
 def _own(name: str | None, known: str | None) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import get_args
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -25,6 +24,7 @@ from fedelta.cli.releases import (
     sites_text,
     spent,
 )
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.chain import is_signed
 from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId
@@ -144,7 +144,7 @@ def _show(
     )
     console.print(checked, markup=False, soft_wrap=True)
     console.print()
-    console.print(_table(alike(found.releases)))
+    show_table(console, _table(alike(found.releases)))
     console.print()
     for unit, own in totals.items():
         where = "largest of all sites" if any(one.of is not None for one in found.releases) else "all sites alike"
@@ -161,11 +161,7 @@ def _show(
 
 
 def _table(groups: Sequence[Alike]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("job", "unit", "what a release was", "sites"):
-        table.add_column(name, overflow="fold")
-    for name in ("rounds", "releases"):
-        table.add_column(name, justify="right", overflow="fold")
+    table = new_table("job", "unit", "what a release was", "sites", "rounds", "releases", texts=4)
     for one in groups[:ROWS_SHOWN]:
         event = escape(event_text(one.event))
         table.add_row(escape(one.job[:8]), one.unit, event, sites_text(one), rounds_text(one), f"{one.releases:,}")

@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("fedelta: interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:  # a command that can go on says in Abort what is kept, and how
+        click.echo(f"fedelta: interrupted{f'; {error}' if str(error) else ''}", err=True)
         sys.exit(130)
     except (FedeltaError, OSError) as error:
         if debug:

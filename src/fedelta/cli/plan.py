@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +18,7 @@ from fedelta.algorithms.mechanism import scheme
 from fedelta.cli import guarantees
 from fedelta.cli.experiment import opened
 from fedelta.cli.secure import Masks, secure_options
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.program import Sight
 from fedelta.observe.text import bytes_text, plural, seconds_text
 from fedelta.secure.aggregation import SecureAggregation
@@ -89,13 +89,13 @@ def show(found: Forecast, link: Link, title: str, console: Console) -> None:
         f"{title}: {plural(len(found.sites), 'site')}, {plural(federation.rounds, 'round')}, seed {federation.seed}",
         markup=False,
     )
-    _print(console, "What travels", _groups(found))
-    _print(console, "At a site", _tiers(found, link))
-    _print(console, "Over the network, all sites together", _network(found))
-    _print(console, "Time", _time(found, link))
-    _print(console, "Who sees what", _sight(found))
-    _print(console, "Privacy", _privacy(found))
-    _print(console, "Checked", _checks(found))
+    show_table(console, _groups(found), "What travels")
+    show_table(console, _tiers(found, link), "At a site")
+    show_table(console, _network(found), "Over the network, all sites together")
+    show_table(console, _time(found, link), "Time")
+    show_table(console, _sight(found), "Who sees what")
+    show_table(console, _privacy(found), "Privacy")
+    show_table(console, _checks(found), "Checked")
     for line in _remarks(found):
         console.print(line, markup=False, style="dim", soft_wrap=not console.is_terminal)
 
@@ -131,22 +131,8 @@ def numbers(found: Forecast, link: Link) -> dict[str, object]:
     }
 
 
-def _print(console: Console, heading: str, table: Table) -> None:
-    console.print()
-    console.print(heading, style="bold")
-    console.print(table)
-
-
-def _table(*columns: str, texts: int = 1) -> Table:
-    """A table whose first `texts` columns are words and whose others are numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(columns), show_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if place < texts else "right", overflow="fold")
-    return table
-
-
 def _groups(found: Forecast) -> Table:
-    table = _table("", "tensors", "numbers", "bytes")
+    table = new_table("", "tensors", "numbers", "bytes")
     ordered = sorted(found.groups, key=lambda group: -group.elements)
     shown = found.groups if len(ordered) <= _GROUPS_SHOWN else ordered[:_GROUPS_SHOWN]
     for group in shown:
@@ -168,7 +154,7 @@ def _groups(found: Forecast) -> Table:
 
 
 def _tiers(found: Forecast, link: Link) -> Table:
-    table = _table("", *(f"{tier.called} ({tier.site.name})" for tier in found.tiers))
+    table = new_table("", *(f"{tier.called} ({tier.site.name})" for tier in found.tiers))
 
     def add(name: str, *values: str) -> None:
         table.add_row(name, *map(escape, values))
@@ -198,7 +184,7 @@ def _memory(tier: Tier) -> str:
 
 
 def _network(found: Forecast) -> Table:
-    table = _table("", "sites asked", "received", "sent")
+    table = new_table("", "sites asked", "received", "sent")
     kinds: dict[tuple[str, ...], list[RoundForecast]] = {}
     for each in found.rounds:
         kinds.setdefault(tuple(each.asked), []).append(each)
@@ -224,7 +210,7 @@ def _mean(values: Sequence[int]) -> str:
 
 
 def _time(found: Forecast, link: Link) -> Table:
-    table = _table("", "a round", "the whole run")
+    table = new_table("", "a round", "the whole run")
     for name, seconds in (
         (f"sites at the same time ({_line(link)})", found.seconds(link)),
         ("one after the other, in one process here", found.seconds_here()),
@@ -245,7 +231,7 @@ def _sight(found: Forecast) -> Table:
     vectors = [f"{piece.name} ({piece.dtype}, {list(piece.shape)})" for piece in update if piece.shape]
     scalars = [piece.name for piece in update if not piece.shape]
     rows = [site.rows for site in found.sites if "train" not in site.failures]
-    table = _table("", "", texts=2)
+    table = new_table("", "", texts=2)
     table.add_row("each site", f"its own rows, {sum(rows):,} in all, and the model")
     table.add_row("leaves a site", escape(f"{', '.join(vectors + scalars)}; {guarantees.collected(federation)}"))
     table.add_row("besides, the coordinator gets", "; ".join(_besides(found)))
@@ -319,7 +305,7 @@ def _guarantee(found: Forecast) -> dict[str, object]:
 
 def _privacy(found: Forecast) -> Table:
     federation, privacy = found.federation, found.federation.privacy
-    table = _table("", "", texts=2)
+    table = new_table("", "", texts=2)
     if privacy is None:
         table.add_row("protected", f"nobody; {guarantees.NONE}")
     else:
@@ -364,7 +350,7 @@ def _lasting(last: int, rounds: int, *, limited: bool) -> str:
 
 
 def _checks(found: Forecast) -> Table:
-    table = _table("", "", "", texts=3)
+    table = new_table("", "", "", texts=3)
     for check in found.checks:
         table.add_row("holds" if check.holds else "FAILS", escape(check.what), escape(check.found))
     return table

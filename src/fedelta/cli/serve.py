@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import click
 from rich.console import Console
 
 from fedelta.cli.coordinator import Coordinator
-from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted
+from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Sites
 from fedelta.cli.options import RunSettings
 from fedelta.cli.simulate import Elsewhere, Simulation
 from fedelta.core.errors import BadInput
+from fedelta.fleet.address import check_address
 from fedelta.fleet.limits import Limits
 from fedelta.fleet.revocations import Revocations
 
@@ -91,23 +91,27 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
     """
     log_to_stderr(options["log"])
     _, credentials = trusted(options["certificates"], options["insecure"], "coordinator")
+    check_address(options["listen"], credentials)  # before there is a folder
+    revoked = None if options["revoked"] is None else Revocations(options["revoked"])
+    watch_expiry(options["certificates"], credentials, revoked)
     loaded_experiment, federation = loaded(experiment, options["settings"], test=True, rounds=rounds)
     if options["enough"] is not None:
         federation = replace(federation, enough=options["enough"])
     names = loaded_experiment.names() if options["sites"] is None else _named(options["sites"])
     if (options["min_sites"] or 0) > len(names):
         raise BadInput(f"--min-sites {options['min_sites']} is more than the {len(names)} sites that may join")
+    console = Console(highlight=False)
     coordinator = Coordinator(
         listen=options["listen"],
         names=names,
         least=options["min_sites"],
         credentials=credentials,
-        allowed=_allowed(options["revoked"]),
+        allowed=_allow_all if revoked is None else revoked.refused,
         limits=Limits(deadline_s=options["deadline"], absence_s=options["absence"]),
         quarantine_after=options["quarantine_after"],
         telemetry=options["telemetry"],
         hand_over=not options["no_hand_over"],
-        console=Console(highlight=False),
+        console=console,
     )
     Simulation(
         title=experiment.stem,
@@ -122,6 +126,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
             again=f"fedelta {shlex.join(argument for argument in sys.argv[1:] if argument != '--resume')} --resume",
         ),
         elsewhere=Elsewhere(fleet=coordinator.fleet, rounds=coordinator.rounds),
+        console=console,
     ).run()
 
 
@@ -132,10 +137,8 @@ def _named(text: str) -> list[str]:
     return names
 
 
-def _allowed(revoked: Path | None) -> Callable[[str, bytes], str | None]:
-    if revoked is None:
-        return lambda _name, _certificate: None
-    return Revocations(revoked).refused
+def _allow_all(_name: str, _certificate: bytes) -> str | None:
+    return None
 
 
 def _never(name: str) -> object:

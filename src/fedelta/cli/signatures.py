@@ -4,11 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.errors import BadInput
 from fedelta.fleet.receipts import FILE, read
 from fedelta.observe.text import plural
@@ -31,11 +30,9 @@ def command(folder: Path) -> None:
             rounds[key] = [min(first, receipt.round), max(last, receipt.round)]
     console = Console(highlight=False)
     console.print(f"{plural(counts.total(), 'signature')}, and all of them hold.", markup=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("signed by", "what", "number", "rounds"):
-        table.add_column(name, justify="right" if name == "number" else "left")
+    table = new_table("signed by", "what", "number", "rounds", texts=2)
     for (signer, what), number in sorted(counts.items()):
         first, last = rounds[signer, what]
         table.add_row(escape(signer), what, f"{number:,}", f"{first} to {last}")
     console.print()
-    console.print(table)
+    show_table(console, table)

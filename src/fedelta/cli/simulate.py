@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -69,10 +69,11 @@ class Simulation:
     settings: RunSettings
     classes: tuple[str, ...] = ()  # names of the labels, for the overview
     elsewhere: Elsewhere | None = None
+    console: Console = field(default_factory=lambda: Console(highlight=False))  # one for all, or progress is torn
 
     def run(self) -> None:
         """Run to the end, or from where the folder's last commit is; then save the model and the report."""
-        console = Console(highlight=False)
+        console = self.console
         if self.settings.resume and not self.settings.out.is_dir():
             raise CannotResume(f"there is no run to resume in {self.settings.out}; start one without --resume")
         if self.settings.ledger is not None and self.federation.privacy is None:
@@ -223,12 +224,8 @@ class Simulation:
                     progress.show(report)
                     trackers.show(report)
         except KeyboardInterrupt:
-            console.print(
-                f"Interrupted; {len(reports)} rounds are kept. Continue with:\n  {self.settings.again}",
-                markup=False,
-                soft_wrap=True,
-            )
-            raise click.Abort from None
+            kept = f"{plural(len(reports), 'round')} {'is' if len(reports) == 1 else 'are'} kept"
+            raise click.Abort(f"{kept}. Continue with:\n  {self.settings.again}") from None
         except Exception:
             folder.commit()
             if reports:

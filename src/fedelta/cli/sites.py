@@ -9,16 +9,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedelta.cli.tables import new_table, show_table
 from fedelta.core.errors import BadInput
 from fedelta.fleet.known_sites import Event, KnownSite, minute
 from fedelta.fleet.registry import DATABASE, Registry
 from fedelta.observe.folder import LOCK
-from fedelta.observe.text import plural
 
 _SOON = timedelta(days=14)  # before a certificate expires
 
@@ -62,9 +61,9 @@ def command(
     if as_json:
         click.echo(json.dumps(_plain(running, sites, found), indent=1, default=datetime.isoformat))
     elif events is not None:
-        console.print(_events(found))
+        show_table(console, _events(found))
     elif quarantine is None and readmit is None:
-        console.print(_table(sites, running))
+        show_table(console, _table(sites, running))
         _say(console, "A coordinator runs." if running else "No coordinator runs: nobody is here.")
         for site in sites:
             if site.quarantine is not None:
@@ -93,38 +92,35 @@ def _is_held(lock: Path) -> bool:
 
 
 def _table(sites: Sequence[KnownSite], running: bool) -> Table:
-    table = _headed("site", "here", "last seen", "counted", "failures", "quarantine", "certificate until")
+    names = ("last seen (UTC)", "rounds", "failures", "quarantine since", "certificate until")
+    table = new_table("site", *names, texts=6)
     now = datetime.now(UTC)
     for site in sites:
         expires = "–" if site.expires is None else f"{site.expires:%Y-%m-%d}"
         if site.expires is not None and site.expires - now < _SOON:
-            expires += " (expired)" if site.expires < now else " (soon)"
+            expires += "\n(expired)" if site.expires < now else "\n(soon)"
         table.add_row(
             escape(site.name),
-            "yes" if site.here and running else "no",
-            "never" if site.last_seen is None else "now" if site.here and running else minute(site.last_seen),
-            plural(site.counted, "round"),
-            str(site.failures),
-            "–" if site.quarantine is None else f"since {minute(site.quarantine.since)}",
+            "never"
+            if site.last_seen is None
+            else "here now"
+            if site.here and running
+            else f"{site.last_seen:%Y-%m-%d %H:%M}",
+            f"{site.counted:,}",
+            f"{site.failures:,}",
+            "–" if site.quarantine is None else f"{site.quarantine.since:%Y-%m-%d}",
             expires,
         )
     return table
 
 
 def _events(events: Sequence[Event]) -> Table:
-    table = _headed("time", "site", "what", "why")
+    table = new_table("time (UTC)", "site", "what", "why", texts=4)
     for event in events:
         times = f" ({event.times} times)" if event.times > 1 else ""
         table.add_row(
             f"{event.time:%Y-%m-%d %H:%M:%S}", escape(event.site or "–"), f"{event.what}{times}", escape(event.why)
         )
-    return table
-
-
-def _headed(*names: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
     return table
 
 

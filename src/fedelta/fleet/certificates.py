@@ -305,5 +305,5 @@ def _meant(which: str, known: Sequence[Issued]) -> list[str]:
     if len(begun) > 1 or (named and begun):
         raise BadInput(f"{which!r} stands for more than one certificate; give more digits of the serial number")
     if not named and not begun:
-        raise BadInput(f"no certificate has the name or the serial number {which!r}; `fedelta ca list` shows all")
+        raise BadInput(f"no certificate has the name or the serial number {which!r}; `fedelta ca show` shows all")
     return named or begun

@@ -13,7 +13,7 @@ what becomes of what has left.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, tzinfo
 from typing import Literal
@@ -331,22 +331,6 @@ def told(facts: Facts) -> list[tuple[str, str]]:
         ("in all", _whole(facts)),
         ("protected", guarantee),
     ]
-
-
-def describe(policy: Policy, facts: Facts) -> list[str]:
-    """A line for each: what would be computed and leave, the demands of the policy with whether it is met, the end."""
-    hours = _ANY if policy.hours is None else "; ".join(map(str, policy.hours)) + f" in {policy.zone}"
-    found = demands(policy, facts)
-    return [
-        *(f"{name:<12}{text}" for name, text in [*told(facts), ("hours", hours)]),
-        *(f"{'met    ' if one.met else 'NOT MET'}     {one.key}: {one.asks}; found {one.found}" for one in found),
-        verdict(found),
-    ]
-
-
-def verdict(found: Sequence[Demand]) -> str:
-    unmet = sum(not one.met for one in found)
-    return f"this site would {'join' if not unmet else f'not join: {unmet} of {len(found)} demands are not met'}"
 
 
 def _rounds(facts: Facts) -> str:

@@ -40,6 +40,7 @@ class _Known:
 class _List:
     revoked: dict[int, datetime]
     number: int  # grows with each list
+    start: datetime
     end: datetime
 
 
@@ -61,6 +62,12 @@ class Revocations:
         self._issued: Callable[[bytes], _Known | str] = lru_cache(maxsize=_REMEMBERED)(self._read)
         self._stamp = self._now_there()
         self._list = self._taken()
+
+    @property
+    def since(self) -> datetime:
+        """When the list was signed; in UTC."""
+        self._renew()
+        return self._list.start
 
     @property
     def until(self) -> datetime:
@@ -141,6 +148,7 @@ class Revocations:
         return _List(
             revoked={entry.serial_number: entry.revocation_date_utc for entry in found},
             number=number_of(found),
+            start=found.last_update_utc,
             end=found.next_update_utc,
         )
 

@@ -8,13 +8,13 @@ answers it has not answered "train".
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
+from fedelta.core.watched import Watched
 from fedelta.observe.text import metric_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -23,35 +23,6 @@ if TYPE_CHECKING:
 
 _REDRAW_S = 0.1
 _WARNINGS = 20  # then only counts: a fleet that drops half its sites in every round would flood the terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """A fleet that tells what passes through it."""
-
-    fleet: Fleet
-    on_request: Callable[[Request | Requests], None] = lambda _: None
-    on_reply: Callable[[Reply | Replies], None] = lambda _: None
-
-    def parties(self) -> Sequence[PartyId]:
-        return self.fleet.parties()
-
-    def submit(self, request: Request) -> None:
-        self.on_request(request)
-        self.fleet.submit(request)
-
-    def submit_many(self, requests: Requests, together: int) -> None:
-        self.on_request(requests)
-        self.fleet.submit_many(requests, together)
-
-    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
-        reply = self.fleet.next_reply(timeout_s)
-        if reply is not None:
-            self.on_reply(reply)
-        return reply
-
-    def cancel(self, request_id: str) -> None:
-        self.fleet.cancel(request_id)
 
 
 class Progress:
@@ -114,14 +85,15 @@ class Progress:
         elif self._report is not None and self._printed is not self._report:
             self._print_line()
 
-    def watch(self, fleet: Fleet) -> Watched:
+    def watch(self, fleet: Fleet) -> Fleet:
         """The same fleet, whose replies move the bar."""
         return Watched(fleet=fleet, on_request=self._on_request, on_reply=self._on_reply)
 
     def show(self, report: Report) -> None:
         """A round is over."""
         now = time.monotonic()
-        self._durations.append(now - self._began)
+        # What the round itself took: in a deployment a round may have to wait until enough sites are there.
+        self._durations.append(sum(report.seconds.values()) or now - self._began)
         self._began = now
         first = self._report is None
         self._report = report

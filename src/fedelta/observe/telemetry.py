@@ -17,7 +17,7 @@ do not wait for it, but for a few seconds at the end. Needs the extra "telemetry
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedelta.core import codec
 from fedelta.core.errors import BadInput
 from fedelta.core.extras import require
-from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests
+from fedelta.core.messages import Replies, Reply, Request, Requests
 from fedelta.core.program import Fleet, Report
+from fedelta.core.watched import Watched
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -45,7 +46,7 @@ class _Asked:
 
     span: "Span"
     op: str
-    all: str  # the id of the requests that it is one of
+    all: str  # the id of the requests that it is one of, by which they are withdrawn together
     since: float
 
 
@@ -60,9 +61,18 @@ class Telemetry:
     `told` False leaves out why a site failed, as reports do under a guarantee: it may depend on the site's data.
     """
 
-    def __init__(self, tracers: "TracerProvider", meters: "MeterProvider", *, job: str = "", told: bool = True) -> None:
-        """`job` is said of every span, unless a request has its own."""
+    def __init__(
+        self,
+        tracers: "TracerProvider",
+        meters: "MeterProvider",
+        *,
+        job: str = "",
+        told: bool = True,
+        exporters: Sequence[Any] = (),
+    ) -> None:
+        """`job` is said of every span, unless a request has its own. `exporters` are broken off by a late `close`."""
         self._providers: tuple[Any, ...] = (tracers, meters)
+        self._exporters = exporters
         self._tracer = tracers.get_tracer(_NAME)
         meter = meters.get_meter(_NAME)
         self._rounds = meter.create_counter("fedelta.rounds", unit="{round}", description="Rounds that are over.")
@@ -92,15 +102,16 @@ class Telemetry:
         named = "service.name=" in _setting("OTEL_RESOURCE_ATTRIBUTES", "") or _setting("OTEL_SERVICE_NAME", "")
         resource = Resource.create({} if named else {"service.name": "fedelta-coordinator"})
         tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
-        for exporter in _exporters("traces"):
+        of_traces, of_metrics = _exporters("traces"), _exporters("metrics")
+        for exporter in of_traces:
             tracers.add_span_processor(BatchSpanProcessor(exporter))
-        readers = [PeriodicExportingMetricReader(exporter) for exporter in _exporters("metrics")]
+        readers = [PeriodicExportingMetricReader(exporter) for exporter in of_metrics]
         meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
-        return cls(tracers, meters, job=job, told=told)
+        return cls(tracers, meters, job=job, told=told, exporters=[*of_traces, *of_metrics])
 
     def watch(self, fleet: Fleet) -> Fleet:
         """The same fleet, whose requests and replies are traced."""
-        return _Traced(fleet, self)
+        return Watched(fleet=fleet, on_request=self._ask, on_reply=self._reply, on_cancel=self._cancel)
 
     def show(self, report: Report) -> None:
         """A round is over."""
@@ -128,14 +139,16 @@ class Telemetry:
         ends = [threading.Thread(target=provider.shutdown, daemon=True) for provider in self._providers]
         for end in ends:
             end.start()
-        until = time.monotonic() + _LAST_S
-        for end in ends:
-            end.join(max(0.0, until - time.monotonic()))
+        if not _ended(ends, _LAST_S):  # a call that goes on would keep the process from ending until its own timeout
+            for exporter in self._exporters:
+                exporter.shutdown()
+            _ended(ends, _LAST_S / 5)
 
-    def asked(self, requests: Iterable[Request], all: str) -> None:
-        """Before they are handed over; `all` is the id of the requests that they belong to, with one broadcast."""
+    def _ask(self, asked: Request | Requests) -> None:
         from opentelemetry.trace import set_span_in_context
 
+        requests = asked if isinstance(asked, Requests) else [asked]
+        all = asked.id if isinstance(asked, Requests) else asked.id.removesuffix(f"/{asked.to}")
         alike: int | None = None  # bytes of a request that is the broadcast alone
         for request in requests:
             if request.body or request.meta:
@@ -156,7 +169,7 @@ class Telemetry:
             self._bytes.add(size, {"direction": "down", "op": request.op})
             self._asked[request.id] = _Asked(span=span, op=request.op, all=all, since=time.monotonic())
 
-    def replied(self, reply: Reply | Replies) -> None:
+    def _reply(self, reply: Reply | Replies) -> None:
         if isinstance(reply, Reply):
             size = 0 if reply.error is not None else codec.size(reply.body, reply.meta)
             self._answered(reply.answers, size, reply.error)
@@ -167,7 +180,7 @@ class Telemetry:
         for sender, error in reply.errors.items():
             self._answered(f"{reply.answers}/{sender}", 0, error)
 
-    def cancelled(self, request_id: str) -> None:
+    def _cancel(self, request_id: str) -> None:
         for one in [id for id, asked in self._asked.items() if request_id in (id, asked.all)]:
             self._withdraw(self._asked.pop(one))
 
@@ -211,31 +224,11 @@ class Telemetry:
             self._round = None
 
 
-@dataclass(frozen=True)
-class _Traced:
-    fleet: Fleet
-    telemetry: Telemetry
-
-    def parties(self) -> Sequence[PartyId]:
-        return self.fleet.parties()
-
-    def submit(self, request: Request) -> None:
-        self.telemetry.asked([request], request.id.removesuffix(f"/{request.to}"))
-        self.fleet.submit(request)
-
-    def submit_many(self, requests: Requests, together: int) -> None:
-        self.telemetry.asked(requests, requests.id)
-        self.fleet.submit_many(requests, together)
-
-    def next_reply(self, timeout_s: float | None = None) -> Reply | Replies | None:
-        reply = self.fleet.next_reply(timeout_s)
-        if reply is not None:
-            self.telemetry.replied(reply)
-        return reply
-
-    def cancel(self, request_id: str) -> None:
-        self.telemetry.cancelled(request_id)
-        self.fleet.cancel(request_id)
+def _ended(threads: Sequence[threading.Thread], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    for one in threads:
+        one.join(max(0.0, until - time.monotonic()))
+    return not any(one.is_alive() for one in threads)
 
 
 def _error(why: str) -> Any:
