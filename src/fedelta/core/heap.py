@@ -2,14 +2,13 @@
 
 By default glibc gives large blocks back to the kernel as soon as they are free, and the next ones come as fresh pages:
 filling them runs at a fifth of the speed of memory that was used before. Training allocates the same blocks in every
-step. Threads other than the first have heaps of their own, which give all blocks of 64 MB and more back whatever is
-asked for; so there is one heap for all.
+step.
 """
 
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of <malloc.h>
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 2**30  # bytes
 
 
@@ -21,4 +20,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
         mallopt(_TRIM_THRESHOLD, _LARGE)
-        mallopt(_ARENA_MAX, 1)

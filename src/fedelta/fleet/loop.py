@@ -15,8 +15,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from fedelta.core.heap import keep_freed_memory
-
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[object, ...]]
 _LAST_S = 10.0  # for what a site still works on when the process ends
@@ -50,7 +48,6 @@ class _Threads:
     """Both threads, and what is on its way to them."""
 
     def __init__(self) -> None:
-        keep_freed_memory()  # messages are as large as the model, and all of a size
         self.loop = asyncio.new_event_loop()
         self._calls: deque[_Call] = deque()
         self._woken = False

@@ -49,7 +49,7 @@ from fedelta.fleet.wire import (
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.2  # between two looks at what is due
-_PAUSE_S = 0.005  # in which more replies may come before whoever waits is woken
+_PAUSE_S = 0.005  # between two times that whoever waits is woken, unless all replies are there
 _STREAMS = 4  # of a connection. Not of the server: whoever keeps streams open would keep all others out
 
 
@@ -114,7 +114,7 @@ class Remote:
             program, self._places, tls=credentials is not None, allowed=allowed, limits=limits, register=register
         )
         self._streams: set[asyncio.Task[Any]] = set()
-        self._waking = False
+        self._waking, self._woken = False, 0.0
         self.port = wait(self._start(listen))
 
     def __enter__(self) -> Self:
@@ -312,14 +312,15 @@ class Remote:
             if self._tickets.get(ticket.request.id) is ticket:
                 self._arrived.append((ticket, reply))
             all_are_here = len(self._arrived) == len(self._tickets)
-        if all_are_here:
+        due = self._woken + _PAUSE_S - time.monotonic()
+        if all_are_here or (due <= 0 and not self._waking):
             self._wake()
         elif not self._waking:
             self._waking = True
-            loop().call_later(_PAUSE_S, self._wake)
+            loop().call_later(due, self._wake)
 
     def _wake(self) -> None:
-        self._waking = False
+        self._waking, self._woken = False, time.monotonic()
         with self._news:
             self._news.notify_all()
 

@@ -2,11 +2,12 @@
 
 What is in memory counts until nobody has the tensors any more. A reply for which there is no room waits a moment for
 it, in the buffers of the network: its site sends no faster than the program takes. Where that does not help, because
-the program keeps what it gets, the reply goes to a file.
+the program keeps what it gets, the reply goes to a file, and so do others until something is let go of.
 """
 
 import asyncio
 import tempfile
+import time
 import weakref
 from collections import deque
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import BinaryIO, cast
 
 from fedelta.fleet.wire import Incoming
 
-_WAIT_S, _LOOK_S = 1.0, 0.005
+_WAIT_S, _LOOK_S = 1.0, 0.002
 
 
 class Room:
@@ -25,24 +26,28 @@ class Room:
         self._folder = folder
         self._held = 0
         self._freed: deque[int] = deque()  # from whatever thread lets go of a reply
+        self._line = asyncio.Lock()
+        self._stuck = False  # nothing was let go of in the time of a wait
 
     async def incoming(self, size: int, head: bytes = b"") -> Incoming:
         """`head`: the bytes that came with the announcement; a message that is whole in it takes no more room."""
         if len(head) == size:
             return Incoming(size, head)
-        for _ in range(int(_WAIT_S / _LOOK_S)):
-            if self._has(size):
-                break
-            await asyncio.sleep(_LOOK_S)
-        if not self._has(size):
-            return Incoming(size, head, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
-        message = Incoming(size, head)
-        if message.memory is not None:
-            self._held += size
-            weakref.finalize(message.memory, self._freed.append, size).atexit = False
-        return message
+        async with self._line:
+            until = time.monotonic() + _WAIT_S
+            while not self._has(size) and not self._stuck:
+                await asyncio.sleep(_LOOK_S)
+                self._stuck = time.monotonic() > until
+            if not self._has(size):
+                return Incoming(size, head, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
+            message = Incoming(size, head)
+            if message.memory is not None:
+                self._held += size
+                weakref.finalize(message.memory, self._freed.append, size).atexit = False
+            return message
 
     def _has(self, size: int) -> bool:
         while self._freed:
             self._held -= self._freed.popleft()
+            self._stuck = False
         return self._held == 0 or self._held + size <= self._most

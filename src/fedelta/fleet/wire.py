@@ -12,8 +12,9 @@ import functools
 import mmap
 import os
 import re
+import weakref
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -216,7 +217,7 @@ class Incoming:
         elsewhere = file is not None or drop
         self.size = size
         self.whole = head if len(head) == size and not elsewhere else None
-        self.memory = None if elsewhere or self.whole is not None else np.empty(size, dtype=np.uint8)
+        self.memory = None if elsewhere or self.whole is not None else _memory(size)
         self._there = len(self.whole or b"")
         self._hash = None if drop or self.whole is not None else blake3()
         self._file = file
@@ -266,6 +267,25 @@ class Incoming:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+_spare: deque[mmap.mmap] = deque(maxlen=1)
+
+
+def _memory(size: int) -> "np.ndarray[Any, Any]":
+    """Memory for a message. That of a large one is used again: messages are of one size, and fresh pages cost more than
+    copying into them."""
+    if size < CHUNK:
+        return np.empty(size, dtype=np.uint8)
+    try:
+        mapped = _spare.popleft()
+    except IndexError:
+        mapped = None
+    if mapped is None or len(mapped) != size:
+        mapped = mmap.mmap(-1, size)
+    memory = np.frombuffer(mapped, dtype=np.uint8)
+    weakref.finalize(memory, _spare.append, mapped).atexit = False
+    return memory
 
 
 def announcement(request: Request, digest: bytes, signature: bytes = b"") -> Any:
