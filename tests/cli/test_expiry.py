@@ -1,6 +1,5 @@
 """Certificates and lists of revoked ones that end soon: a warning in time, and not again and again."""
 
-import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,9 +23,8 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 def test_each_is_warned_of_in_its_last_tenth_in_its_last_hundredth_and_at_its_end(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("fedelta"), "propagate", True)  # a command may have run here before
     papers = [PAPER]
     expiry = Expiry([lambda: papers[-1]])
     told = []
