@@ -158,9 +158,11 @@ def test_a_site_that_is_away_is_named_and_a_run_that_is_over_hands_over_again(se
     assert "The model is at a; not at b: --resume hands it over again." in printed
     assert not Path("joined/b").exists()
     model, rounds = Path("run/model.safetensors").read_bytes(), Path("run/rounds.jsonl").read_bytes()
-    Path("joined/a/model.safetensors").unlink()
+    Path("joined/a/model.safetensors").write_text("of a run before")
     printed = serve(file, "--resume", sites="ab")
     assert "The model is at a, b." in printed
+    assert "a: the model of before is in joined/a/model-1.safetensors." in printed
+    assert Path("joined/a/model-1.safetensors").read_text() == "of a run before"
     for folder in ("run", "joined/a", "joined/b"):
         assert (Path(folder) / "model.safetensors").read_bytes() == model
     assert Path("run/rounds.jsonl").read_bytes() == rounds
@@ -173,13 +175,13 @@ def test_nothing_is_handed_over_that_is_not_to_be(serve: Callable[..., str]) -> 
     assert not [*Path("joined").rglob("model*")]
 
 
-def test_what_a_site_has_in_the_way_is_not_replaced(serve: Callable[..., str], bert: Path) -> None:
+def test_what_a_site_has_in_the_way_is_set_aside(serve: Callable[..., str], bert: Path) -> None:
     own = Path("joined/b/model")
     own.mkdir(parents=True)
     (own / "thesis.txt").write_text("years of work")
     printed = serve(written(TUNED.format(model=bert)), sites="ab")
-    assert "The model is at a; not at b" in printed
-    assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+    assert "The model is at a, b." in printed
+    assert [path.name for path in Path("joined/b/model-1").iterdir()] == ["thesis.txt"]
     there, here = Path("run/model"), Path("joined/a/model")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (here / name).read_bytes() == (there / name).read_bytes()

@@ -564,7 +564,7 @@ def test_a_site_that_sends_what_nobody_asked_for_is_told_to_stop_and_then_droppe
         assert late.next(frames.Welcome) is not None
         late.send(frame(frames.Reply(digest=other, answers="what", body=CHUNK)))
         assert late.next(frames.Cancel).digest == other
-        late.send(b"\x06" + bytes(5000))
+        late.send(b"\x06" + bytes(CHUNK))
         assert "what nobody has asked for" in late.next(frames.Refused).reason
 
 
@@ -636,7 +636,7 @@ def test_a_stream_that_stands_still_is_given_up() -> None:
         rogue(fleet, program) as slow,
     ):
         fleet.submit(Request(to="amber", op="echo", round=1))
-        slow.send(answer_to(slow.next(frames.Request), body=100), b"\x06" + bytes(50))
+        slow.send(answer_to(slow.next(frames.Request), body=2 * CHUNK), b"\x06" + bytes(CHUNK))
         assert "nothing moved for 2 s" in slow.next(frames.Refused).reason
         reply = fleet.next_reply(20)
         assert isinstance(reply, Reply)

@@ -42,6 +42,7 @@ def test_what_is_larger_than_the_room_is_in_memory_where_nothing_else_is_there()
     assert not in_memory(room, 1)
     del first
     assert in_memory(room, 1)
+    assert not in_memory(room, 2**30 + 1)
 
 
 def test_who_finds_no_room_waits_until_another_has_gone() -> None:

@@ -109,9 +109,8 @@ def test_a_request_comes_out_as_it_went_in_with_or_without_heads(shared: int, bo
     sizes = [Outgoing(tensors).size for tensors in both]
     assert (begun.digest, [begun.shared, begun.body]) == (SAID, sizes)
     assert len(chunks) == (0 if sum(sizes) <= MOST_HEAD else sum(map(bool, sizes)))
-    parts = [Incoming(size) for size in sizes]
-    for part, head in zip(parts, (begun.shared_head, begun.body_head), strict=True):
-        part.add(memoryview(head))
+    heads = begun.shared_head, begun.body_head
+    parts = [Incoming(size, head) for size, head in zip(sizes, heads, strict=True)]
     for chunk in chunks:
         payload = parse(chunk)
         assert isinstance(payload, memoryview)
@@ -133,8 +132,7 @@ def test_a_reply_comes_out_as_it_went_in(elements: int) -> None:
     begun = parse(first)
     assert isinstance(begun, frames.Reply)
     assert begun == frames.Reply(digest=SAID, answers="an id", round=-2, body=body.size, body_head=begun.body_head)
-    message = Incoming(begun.body)
-    message.add(memoryview(begun.body_head))
+    message = Incoming(begun.body, begun.body_head)
     for chunk in chunks:
         message.add(memoryview(chunk)[1:])
     assert torch.equal(message.read()[0]["w"], tensors["w"])
@@ -189,8 +187,7 @@ def test_a_frame_that_was_damaged_is_a_frame_or_refused(data: st.DataObject) -> 
     with contextlib.suppress(BadTensors):
         came = parse(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
         if isinstance(came, frames.Reply):
-            message = Incoming(checked_size("a reply", came.body, 10_000))
-            message.add(memoryview(came.body_head))
+            message = Incoming(checked_size("a reply", came.body, 10_000), came.body_head)
             if message.complete:
                 message.read()
 
@@ -213,6 +210,38 @@ def test_frames_of_the_wrong_form_are_refused() -> None:
             parse(raw)
 
 
+def test_only_the_last_chunk_of_a_message_is_short() -> None:
+    message = Incoming(2 * CHUNK + 1)
+    message.add(memoryview(bytes(CHUNK)))
+    with pytest.raises(BadTensors, match="not the last of its message has 1048576 bytes, got 5"):
+        message.add(memoryview(bytes(5)))
+    message.add(memoryview(bytes(CHUNK)))
+    message.add(memoryview(bytes(1)))
+    assert message.complete
+    with pytest.raises(BadTensors, match="an announcement of 9 bytes has 5"):
+        Incoming(9, bytes(5))
+
+
+def test_memory_of_large_messages_is_used_again_and_never_by_two() -> None:
+    def made(byte: int) -> Incoming:
+        message = Incoming(CHUNK + 8)
+        message.add(memoryview(bytes([byte]) * CHUNK))
+        message.add(memoryview(bytes([byte]) * 8))
+        return message
+
+    first, second = made(1), made(2)
+    assert first.memory is not None
+    assert second.memory is not None
+    tensor = torch.from_numpy(first.memory)
+    where = tensor.data_ptr()
+    del first
+    third = made(3)  # the first's is still the tensor's
+    assert third.memory is not None
+    assert [int(memory[0]) for memory in (tensor, second.memory, third.memory)] == [1, 2, 3]
+    del tensor
+    assert torch.from_numpy(made(4).memory).data_ptr() == where
+
+
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.integers(0, 120))
 def test_any_chunks_are_a_message_or_refused(chunks: list[bytes], size: int) -> None:
     message = Incoming(size)
@@ -231,12 +260,13 @@ def test_an_announcement_takes_no_memory() -> None:
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1])
     message = Incoming(2**32)
-    message.add(memoryview(bytes(1000)))
+    message.add(memoryview(bytes(CHUNK)))
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1]) - before
     assert pages * 4096 < 2**24
+    chunk = bytes(CHUNK)
     tracemalloc.start()
-    Incoming(2**50, drop=True).add(memoryview(bytes(1000)))
+    Incoming(2**50, drop=True).add(memoryview(chunk))
     assert tracemalloc.get_traced_memory()[1] < 10_000
     tracemalloc.stop()
 

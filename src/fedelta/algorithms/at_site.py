@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedelta.aggregation.rule import ManyRule, Rule
-from fedelta.algorithms import handover, round_zero
+from fedelta.algorithms import round_zero
 from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.parts import Collect, Encoding, Stage
@@ -26,7 +26,7 @@ from fedelta.core.errors import BadInput, BadTensors, FedeltaError, TrainingFail
 from fedelta.core.grid import Terms
 from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
-from fedelta.core.program import Sight, Site
+from fedelta.core.program import HAND_OVER, Sight, Site
 from fedelta.core.seeds import derive, derive_each
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
@@ -55,7 +55,7 @@ class AtSite:
 
     def handle(self, request: Request, site: Site) -> Reply:
         outgoing: Callable[[Request, Site], Tensors]
-        if request.op == handover.OP:
+        if request.op == HAND_OVER:
             return self._keep(request, site)
         if request.op == "train":
             outgoing = self._update

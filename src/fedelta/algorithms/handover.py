@@ -17,9 +17,7 @@ from fedelta.algorithms.algorithm import Algorithm
 from fedelta.algorithms.state import FederationState
 from fedelta.core.exchange import exchange
 from fedelta.core.messages import PartyId, Reply, Requests, Tensors
-from fedelta.core.program import Fleet
-
-OP = "model"  # of the request: a site that answers it has kept its model
+from fedelta.core.program import HAND_OVER, Fleet
 
 
 def requests(algorithm: Algorithm[Any], state: FederationState[Any], to: Sequence[PartyId]) -> Requests:
@@ -29,7 +27,9 @@ def requests(algorithm: Algorithm[Any], state: FederationState[Any], to: Sequenc
     if algorithm.personal:
         shared, own = algorithm.broadcast(state.algorithm, {party: state.bases.get(party, -1) for party in to})
     attempt = secrets.randbits(62)  # or a site would answer from memory that it has kept what may be gone by now
-    return Requests(to=to, op=OP, round=state.round, attempt=attempt, bases=state.bases, shared=shared, bodies=own)
+    return Requests(
+        to=to, op=HAND_OVER, round=state.round, attempt=attempt, bases=state.bases, shared=shared, bodies=own
+    )
 
 
 def hand_over(algorithm: Algorithm[Any], state: FederationState[Any], fleet: Fleet) -> dict[PartyId, str]:

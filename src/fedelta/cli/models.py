@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,32 @@ class Models:
 def kept_by(
     site: str, folder: Path, title: str, federation: Federation[Any], sites: Sequence[str]
 ) -> Callable[[nn.Module, int], None]:
-    """For Site.keep: write the model into the folder of a site that takes part, and say where it is."""
+    """For Site.keep: write the model into the folder of a site that takes part, and say where it is.
+
+    One that this process did not write is not replaced, whenever a coordinator hands over another: it is set aside.
+    """
     models = Models(title=title, federation=federation, sites=len(sites), privacy=promised(federation))
+    own = False  # whether the model that is there is of this process
 
     def keep(module: nn.Module, round: int) -> None:
-        path = models.write(module, folder, "model", lambda card: card.at_site(site, round, __version__))
+        nonlocal own
+        if not own:
+            _set_aside(site, folder, "model")
+        path, own = models.write(module, folder, "model", lambda card: card.at_site(site, round, __version__)), True
         what = "its model" if federation.algorithm.personal else "the model"
         click.echo(f"{site}: {what} is in {path}.")
 
     return keep
+
+
+def _set_aside(site: str, folder: Path, name: str) -> None:
+    """Give the models that are there under this name, as folders or files, another one."""
+    for path in (folder / name, folder / f"{name}.safetensors"):
+        if path.exists():
+            others = (path.with_name(f"{name}-{number}{path.suffix}") for number in count(1))
+            free = next(other for other in others if not other.exists())
+            path.rename(free)
+            click.echo(f"{site}: the model of before is in {free}.")
 
 
 def guaranteed(federation: Federation[Any]) -> str:

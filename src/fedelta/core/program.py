@@ -47,6 +47,9 @@ class Report:
     stop: str | None = None  # why the run ends with this round
 
 
+HAND_OVER = "model"  # the request with which a run ends: a site that answers it has kept its model, and nothing leaves
+
+
 @dataclass(kw_only=True)
 class Site:
     """A party that owns data, as its half of a program sees it.

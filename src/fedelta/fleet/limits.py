@@ -16,7 +16,7 @@ class Limits:
     check_s: float = 5.0  # between two looks at who may stay
     keepalive_s: float = 20.0  # of silence before a connection is tried
     message: int = 8 * 2**30  # bytes of a reply
-    room: int = 64 * 2**20  # bytes of all replies in memory, or one reply; others wait a second, then go to files
+    room: int = 64 * 2**20  # bytes of all replies in memory, or one of up to 1 GiB; others wait, then go to files
     faults: int = 3  # streams in a row with what a site must not send, until it is let in no more
     streams: Rate = Rate(per_minute=60, burst=20)  # that it may open
     unasked: Rate = Rate(per_minute=64 * 2**20, burst=64 * 2**20)  # bytes that nobody has asked for

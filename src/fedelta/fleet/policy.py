@@ -20,6 +20,7 @@ from typing import Literal
 
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.messages import Reply, Request
+from fedelta.core.program import HAND_OVER
 from fedelta.core.release import Unit
 from fedelta.fleet.departures import Departure, Departures, Spent
 
@@ -30,7 +31,6 @@ Way = Literal["clear", "masks", "encryption"]  # how an update reaches the coord
 WORK: tuple[Work, ...] = ("train", "evaluate", "statistics")
 WAYS: tuple[Way, ...] = ("clear", "masks", "encryption")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-HANDED = "model"  # the request with which a run ends: the site keeps its model, and nothing leaves
 _ANY = "any"
 
 
@@ -223,7 +223,7 @@ class Door:
 
     def refuse(self, request: Request) -> str | None:
         """Why the site does not work on a request; None if it does."""
-        if request.op == HANDED:
+        if request.op == HAND_OVER:
             return None
         why = self._unknown(request)
         if why is None:
@@ -296,7 +296,7 @@ class Door:
         if departure.error is not None:
             return None
         policy, size = self._policy, departure.bytes
-        if request.op == HANDED:
+        if request.op == HAND_OVER:
             return f"it has {size:,} bytes, and who is handed a model answers with none" if size else None
         for name, sum, most in (
             ("a reply", size, policy.bytes_per_reply),

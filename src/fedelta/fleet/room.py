@@ -16,10 +16,11 @@ from typing import BinaryIO, cast
 from fedelta.fleet.wire import Incoming
 
 _WAIT_S, _LOOK_S = 1.0, 0.002
+_ALONE = 2**30  # bytes of a reply that is in memory though it is larger than the room: a site may announce anything
 
 
 class Room:
-    """Room in memory for `most` bytes, or for one reply of any size, and for more in a folder; for use in one loop."""
+    """Room in memory for `most` bytes, or one reply of up to 1 GiB, and for more in a folder; for use in one loop."""
 
     def __init__(self, most: int, folder: Path | None) -> None:
         self._most = most
@@ -31,23 +32,23 @@ class Room:
 
     async def incoming(self, size: int, head: bytes = b"") -> Incoming:
         """`head`: the bytes that came with the announcement; a message that is whole in it takes no more room."""
-        if len(head) == size:
+        if head or not size:
             return Incoming(size, head)
         async with self._line:
             until = time.monotonic() + _WAIT_S
-            while not self._has(size) and not self._stuck:
+            while size <= max(self._most, _ALONE) and not self._has(size) and not self._stuck:
                 await asyncio.sleep(_LOOK_S)
                 self._stuck = time.monotonic() > until
             if not self._has(size):
-                return Incoming(size, head, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
-            message = Incoming(size, head)
-            if message.memory is not None:
-                self._held += size
-                weakref.finalize(message.memory, self._freed.append, size).atexit = False
+                return Incoming(size, file=cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder)))
+            message = Incoming(size)
+            assert message.memory is not None
+            self._held += size
+            weakref.finalize(message.memory, self._freed.append, size).atexit = False
             return message
 
     def _has(self, size: int) -> bool:
         while self._freed:
             self._held -= self._freed.popleft()
             self._stuck = False
-        return self._held == 0 or self._held + size <= self._most
+        return self._held + size <= self._most or (self._held == 0 and size <= _ALONE)

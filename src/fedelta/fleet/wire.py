@@ -212,28 +212,30 @@ class Incoming:
     def __init__(self, size: int, head: bytes = b"", *, file: BinaryIO | None = None, drop: bool = False) -> None:
         """`head`: the bytes that came with the announcement; `drop`: only count.
 
-        `file`: an empty one that is open for reading and writing, which is closed here. Raises BadTensors as `add`.
+        `file`: an empty one that is open for reading and writing, which is closed here. Raises BadTensors unless the
+        head has all bytes or none.
         """
-        elsewhere = file is not None or drop
+        if head and len(head) != size:
+            raise BadTensors(f"an announcement of {size} bytes has {len(head)} of them, where all or none belong")
         self.size = size
-        self.whole = head if len(head) == size and not elsewhere else None
-        self.memory = None if elsewhere or self.whole is not None else _memory(size)
-        self._there = len(self.whole or b"")
-        self._hash = None if drop or self.whole is not None else blake3()
+        self.whole = head if len(head) == size and not drop else None
+        self.memory = None if self.whole is not None or file is not None or drop else _memory(size)
+        self._there = len(head)
+        self._hash = None if self.whole is not None or drop else blake3()
         self._file = file
         self._buffer = None if self.memory is None else self.memory.data
-        if self.whole is None:
-            self.add(memoryview(head))
 
     @property
     def complete(self) -> bool:
         return self._there == self.size
 
     def add(self, payload: memoryview) -> None:
-        """Raises BadTensors where more comes than was announced."""
+        """The next chunk. Raises BadTensors where more comes than was announced, or in pieces that only cost time."""
         end = self._there + payload.nbytes
         if end > self.size:
             raise BadTensors(f"{end} bytes or more came of a message that was announced with {self.size}")
+        if payload.nbytes < CHUNK and end < self.size:
+            raise BadTensors(f"a chunk that is not the last of its message has {CHUNK} bytes, got {payload.nbytes}")
         if self._buffer is not None:
             self._buffer[self._there : end] = payload
         elif self._file is not None:
