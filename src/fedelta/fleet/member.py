@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -23,12 +23,11 @@ from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
-from fedelta.core.threads import intra_op_threads
 from fedelta.fleet import certificate_forms as forms
 from fedelta.fleet import frames_pb2 as frames
 from fedelta.fleet import signatures
 from fedelta.fleet.address import check_address, is_loopback
-from fedelta.fleet.answer import Sites, answer, frozen
+from fedelta.fleet.answer import frozen
 from fedelta.fleet.kept import Kept, Stored
 from fedelta.fleet.loop import call, wait, work
 from fedelta.fleet.receipts import Receipts
@@ -38,7 +37,6 @@ from fedelta.fleet.wire import (
     PROTOCOL,
     Credentials,
     Incoming,
-    Outgoing,
     Refused,
     checked_size,
     clean,
@@ -52,6 +50,7 @@ from fedelta.fleet.wire import (
     transport,
     versions,
 )
+from fedelta.fleet.working import Guards, Work
 
 log = logging.getLogger(__name__)
 _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, BadTensors, OSError, MemoryError)
@@ -72,21 +71,6 @@ class Patience:
         for one in fields(self):
             if not getattr(self, one.name) > 0:
                 raise BadInput(f"Patience.{one.name} must be > 0, got {getattr(self, one.name)}")
-
-
-class Guards(Protocol):
-    """What stands between the coordinator and the site's data; it is asked in the thread that works."""
-
-    def refuse(self, request: Request) -> str | None:
-        """Why the site does not work on a request; None if it does."""
-        ...
-
-    def leaving(self, request: Request, reply: Reply) -> None:
-        """Take down a reply, durably, before it leaves, which it does not where this raises.
-
-        The message of BadInput leaves in its place; of any other error nothing does but that there was one.
-        """
-        ...
 
 
 @dataclass(eq=False)
@@ -126,16 +110,16 @@ class Member:
         if threads < 1:
             raise BadInput(f"Member.threads must be >= 1, got {threads}")
         check_address(at, credentials)
-        self._program, self._load, self._name = program, site, name
+        self._name = name
         self._experiment, self._model = digest(program), frozen(program)
         self._at, self._credentials = at, credentials
         self._signer = None if credentials is None else signatures.Signer(credentials.key)
         self._coordinator = b""  # its certificate, in DER
         self._receipts = Receipts(None)
-        self._threads, self._guards, self._patience = threads, guards, patience
+        self._patience = patience
         self._kept = Kept(folder)
-        self._keep = keep
-        self._sites: Sites | None = None
+        self._entered: str | None = None  # the run whose folder is open
+        self._work = Work(program, site, self._kept, keep=keep, guards=guards, threads=threads)
         self._waiting: dict[bytes, Request] = {}  # those that were not begun
         self._pending: set[bytes] = set()  # requests that wait, or are worked on
         self._answers: dict[bytes, Stored] = {}  # of the latest round
@@ -165,40 +149,7 @@ class Member:
     def _turn(self, said: bytes) -> None:
         request = self._waiting.pop(said, None)
         if request is not None:  # it was not cancelled
-            call(self._answered, said, self._stored(said, request))
-
-    def _stored(self, said: bytes, request: Request) -> Stored:
-        """The reply to a request, which has been taken down and may leave."""
-        reply = self._answer(request)
-        try:
-            message = Outgoing(reply.body, reply.meta)
-            if self._guards is not None:
-                self._guards.leaving(request, reply)
-            if reply.error is None:  # after it was taken down: what is stored is sent without asking again
-                self._kept.store(said, reply, request.job)
-        except Exception as error:
-            log.exception("the reply to %s was kept back", request.id, extra=_known_of("kept back", request))
-            why = str(error) if isinstance(error, BadInput) else "what would have left could not be taken down or kept"
-            reply, message = Reply.failure(request, why), Outgoing({})
-        return Stored(reply.answers, reply.round, request.job, reply.error, message)
-
-    def _answer(self, request: Request) -> Reply:
-        try:
-            why = None if self._guards is None else self._guards.refuse(request)
-            if why is not None:
-                log.warning("request %s is refused: %s", request.id, why, extra=_known_of("refused", request))
-                return Reply.failure(request, why)
-            assert self._sites is not None
-            site = self._sites.of(request)
-            self._kept.recall(site)
-            try:
-                with intra_op_threads(self._threads):
-                    return answer(self._program, request, site)
-            finally:
-                self._kept.take_down(site)
-        except BaseException as error:  # of the program: whoever asked is told, and the site stays
-            log.exception("request %s failed", request.id, extra=_known_of("failed", request))
-            return Reply.failure(request, f"a bug at the site ({type(error).__name__}); its log has the traceback")
+            call(self._answered, said, self._work.stored(said, request))
 
     # In the event loop.
 
@@ -298,13 +249,15 @@ class Member:
 
     def _enter(self, run: str) -> None:
         """Begin to take part in a run, or go on with it."""
-        if self._sites is not None and run == self._kept.run:
+        if run == self._entered:
             return
         if self._pending:
             raise OSError("this site still works on a request of another run")
+        self._entered = None  # until all of what follows is done
         self._answers = self._kept.enter(run)
         self._receipts = Receipts(self._kept.folder)
-        self._sites = Sites(self._load, self._kept.memory, self._keep)
+        self._work.enter()
+        self._entered = run
 
     async def _write(self, stream: _Stream) -> None:
         while True:
@@ -436,11 +389,6 @@ def _why_broken(details: str) -> str:
     }
     found = next((meaning for said, meaning in meanings.items() if said in details), None)
     return details if found is None else f"{found} ({details})"
-
-
-def _known_of(event: str, request: Request) -> dict[str, object]:
-    """For a log that is read by programs."""
-    return {"event": event, "site": request.to, "job": request.job, "round": request.round, "op": request.op}
 
 
 async def _next(call: Any) -> Any:
