@@ -109,6 +109,18 @@ def test_failures_in_a_row_put_a_site_in_quarantine_and_absences_do_not(opened: 
     assert opened.quarantined()["b"].since == since
 
 
+def test_where_the_updates_of_most_sites_cannot_be_used_it_is_not_their_fault(opened: Registry) -> None:
+    both = {"b": NAN, "c": NAN}
+    for number in range(1, 5):
+        opened.committed(Turns(number=number, counted=["a"], absent=both, refused=["b", "c"]))
+    assert opened.quarantined() == {}
+    assert [known(opened, name).failures for name in "abc"] == [0, 0, 0]
+    assert [event.what for event in opened.events(9)] == ["update refused"] * 2  # four times each
+    for number in range(5, 8):
+        opened.committed(Turns(number=number, counted=["a", "d"], absent=both, refused=["b", "c"]))
+    assert opened.quarantined().keys() == {"b", "c"}
+
+
 def test_a_quarantine_outlasts_the_process_until_an_operator_ends_it(opened: Registry) -> None:
     for number in (1, 2, 3):
         opened.committed(refused(number))

@@ -11,8 +11,8 @@ a round is written here, in one transaction, once it is committed there. What a 
 mends when the run is resumed: rounds that are not committed there are cut off, and those that are missing here are
 added. So nothing that a run needs is lost with this file; who was in quarantine by an operator's word is.
 
-A failure is of a site's own making: a stream with what no site sends, or an update that cannot be used. Absences are
-none, nor are failures that a site tells of itself. They are counted until an update of the site counts again.
+A failure is of a site's own making: a stream with what no site sends, or an update that cannot be used, unless those of
+most sites cannot. Absences are none, nor are failures that a site tells of itself. They are counted until an update of the site counts again.
 
 Limits: SQLite's locks need a file system of this machine, and the directory writable also for those who only look. Of
 events the latest 100,000 are kept; one that repeats the site's last one is counted in it.
@@ -257,7 +257,8 @@ class Registry:
         for name in turns.refused:
             why = turns.absent.get(name, "its update could not be used")
             self.note("update refused", name, why)
-            self._failed(name, f"the last in round {turns.number}", why)
+            if len(turns.refused) <= len(turns.counted):  # or the experiment is at fault, and not its sites
+                self._failed(name, f"the last in round {turns.number}", why)
 
     def _failed(self, name: PartyId, when: str, why: str) -> None:
         self._add([name])
