@@ -12,7 +12,8 @@ mends when the run is resumed: rounds that are not committed there are cut off, 
 added. So nothing that a run needs is lost with this file; who was in quarantine by an operator's word is.
 
 A failure is of a site's own making: a stream with what no site sends, or an update that cannot be used, unless those of
-most sites cannot. Absences are none, nor are failures that a site tells of itself. They are counted until an update of the site counts again.
+most sites cannot. Absences are none, nor are failures that a site tells of itself. They are counted until an update of
+the site counts again.
 
 Limits: SQLite's locks need a file system of this machine, and the directory writable also for those who only look. Of
 events the latest 100,000 are kept; one that repeats the site's last one is counted in it.

@@ -284,7 +284,7 @@ def _memory(size: int) -> "np.ndarray[Any, Any]":
     except IndexError:
         mapped = None
     if mapped is None or len(mapped) != size:
-        mapped = mmap.mmap(-1, size)
+        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # no fork shares it
     memory = np.frombuffer(mapped, dtype=np.uint8)
     weakref.finalize(memory, _spare.append, mapped).atexit = False
     return memory
