@@ -4,27 +4,40 @@ import math
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.adapters import dense_lora
+from torch import nn
 
 from fedelta import (
     LDA,
     SGD,
+    Classification,
     ExampleLevel,
     FedAvg,
     Federation,
     Fixed,
     Local,
     LocalDP,
+    Ridge,
     SecureAggregation,
     SiteLevel,
+    Task,
     Training,
     run,
 )
-from fedelta.cli.facts import facts
+from fedelta.adapters.fed_sb import FedSB
+from fedelta.adapters.fedex_lora import FedExLoRA
+from fedelta.adapters.flexlora import FlexLoRA
+from fedelta.adapters.flora import FLoRA
+from fedelta.adapters.hetlora import HetLoRA
+from fedelta.adapters.rolora import RoLoRA
+from fedelta.cli import facts as facts_module
+from fedelta.cli.facts import facts, largest_message
 from fedelta.core import codec
 from fedelta.core.digest import digest
 from fedelta.core.messages import Reply, Request
@@ -33,6 +46,7 @@ from fedelta.fleet.departures import Departure, Departures, read
 from fedelta.fleet.policy import Door
 from fedelta.fleet.policy_file import parse
 from fedelta.privacy.distributed import DistributedDP
+from fedelta.secure.homomorphic import HomomorphicEncryption
 from small_task import plain_task, site_data
 
 KEYS = {name: Ed25519PrivateKey.generate() for name in site_data()}
@@ -117,6 +131,62 @@ def test_the_bytes_of_a_round_are_known_before(parts: dict[str, Any]) -> None:
     for request, reply in replies(made):
         left[reply.sender] += Departure.of("", request, reply).bytes if request.round else 0
     assert set(left.values()) == {facts(made, "site-0", [*left]).round_bytes}
+
+
+class Weighing:
+    """A federation that notes the bytes of each message."""
+
+    def __init__(self, federation: Federation[Any]) -> None:
+        self._federation, self.largest = federation, 0
+
+    def handle(self, request: Request, site: Site) -> Reply:
+        reply = self._federation.handle(request, site)
+        for tensors in (request.shared, request.body, reply.body):
+            self.largest = max(self.largest, codec.size(tensors))
+        return reply
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        federation(),
+        federation(start=Ridge(), validate_at_sites=True),
+        federation(collect=SecureAggregation()),
+        federation(collect=SecureAggregation(bits=32, identities=IDENTITIES), start=Ridge()),
+        federation(collect=SecureAggregation(), privacy=DistributedDP(clip=1.0, noise=1.0)),
+        *(
+            dense_lora.federation(method(task=dense_lora.task(width=40), training=dense_lora.training()))
+            for method in (FLoRA, FedExLoRA, FedSB, FlexLoRA, HetLoRA, RoLoRA)
+        ),
+    ],
+    ids=lambda made: f"{type(made.algorithm).__name__} {made.collect} {made.start} {made.privacy}",
+)
+def test_what_messages_may_have_by_default_is_more_than_they_have(
+    made: Federation[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, weighing, data = not isinstance(made.algorithm, FedAvg), Weighing(made), site_data()
+
+    def site(name: str) -> SiteData:
+        return SiteData(train=data[name], validation=data[name][:3], identity=KEYS[name])
+
+    fleet = Local(weighing, *((dense_lora.data, dense_lora.NAMES) if lora else (site, list(data))))  # type: ignore
+    assert len(list(run(made, fleet))) == made.rounds + (made.start is not None)
+    assert largest_message(made, "site-0") == 2**26 > weighing.largest
+    monkeypatch.setattr(facts_module, "_LEAST_MESSAGE", 0)
+    assert weighing.largest > 500
+    assert largest_message(made, "site-0") > 2 * weighing.largest
+    assert largest_message(made, "site-0", 3) == 3 * 2**20
+
+
+def test_sums_of_features_and_ciphertexts_make_messages_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_module, "_LEAST_MESSAGE", 0)
+    wide = Task(model=partial(nn.Linear, 3000, 2), objective=Classification(classes=2))
+    algorithm = FedAvg(task=wide, training=Training(optimizer=SGD(lr=0.1), batch=4))
+    plain, started = (Federation(algorithm=algorithm, rounds=1, start=start) for start in (None, Ridge()))
+    assert 8 * 8 * 6002 < largest_message(plain, "a") < 10 * 8 * 6002
+    assert largest_message(started, "a") > 8 * 8 * 3000 * 3000 / 2
+    encrypted = replace(plain, collect=HomomorphicEncryption())
+    assert largest_message(encrypted, "a") > 3 * largest_message(plain, "a")
 
 
 def test_the_bytes_of_a_secure_round_are_those_of_its_largest_cohort() -> None:

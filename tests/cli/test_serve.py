@@ -31,16 +31,17 @@ from fedelta import SGD, Classification, FedAvg, Federation, Task, Training
 
 ROUNDS = 30
 LR = 0.1
+WIDTH = 6
 
 def program():
-    task = Task(model=lambda: nn.Linear(6, 3), objective=Classification(classes=3))
+    task = Task(model=lambda: nn.Linear(WIDTH, 3), objective=Classification(classes=3))
     training = Training(optimizer=SGD(lr=LR), batch=4)
     return Federation(algorithm=FedAvg(task=task, training=training), rounds=ROUNDS)
 
 def rows(count, seed):
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 3, (count,), generator=g)
-    x = torch.randn(count, 6, generator=g)
+    x = torch.randn(count, WIDTH, generator=g)
     x[torch.arange(count), y] += 2
     return x, y
 
@@ -179,9 +180,24 @@ def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_s
     assert here.keys() == there.keys()
     assert all(here[name].equal(there[name]) for name in here)
     for name in ("a", "b"):
-        model = folder / "joined" / name / "model.safetensors"
+        (model,) = (folder / "joined" / name).glob("*/model.safetensors")
         assert model.read_bytes() == (folder / "run" / "model.safetensors").read_bytes()
-        assert f"{name}: the model is in joined/{name}/model.safetensors." in processes.said(name)
+        assert f"{name}: the model is in {model.relative_to(folder)}." in processes.said(name)
+
+
+@pytest.mark.parametrize(("strict", "what"), [("serve", "a reply"), ("join", "a broadcast")])
+def test_a_message_beyond_the_limit_is_refused_with_the_option_that_raises_it(
+    processes: Processes, strict: str, what: str
+) -> None:
+    port, limit = free_port(), ["--largest-message", 1]
+    experiment = ["experiment.py", "--insecure", "--set", "WIDTH=100_000"]
+    serve = ["serve", *experiment, "--listen", f"127.0.0.1:{port}", "--sites", "a"]
+    processes("serve", *serve, *(limit if strict == "serve" else []))
+    processes.until("serve", "Listening")
+    join = ["join", *experiment, "--at", f"127.0.0.1:{port}", "--name", "a"]
+    processes("join", *join, *(limit if strict == "join" else []), may_read="a")
+    processes.until(strict, "; where that is too little, raise --largest-message")
+    assert re.search(rf"{what} of 12\d{{5}} bytes is announced, and at most 1048576 are taken", processes.said(strict))
 
 
 def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None:

@@ -119,8 +119,7 @@ def total(
     Where they are `private` it is what that makes of it; `noise` is what a coordinator draws from to hide whole sites.
     `summed`: what arrives is the mean already. Raises TooFewSites if not as many as `min_sites` answered.
     """
-    layer = _linear(module, head_layer(module, classes(task)))
-    layout = (moments_layout if private is None else private_layout)(classes(task), layer.in_features)
+    layout = sums_layout(task, module, private)
     updates = _arriving(replies, layout, tally, min_sites, private)
     mean = tally.only(updates) if summed else _mean(updates, layout, len(tally.cohort))
     return mean if private is None else private.on_total(mean, noise)
@@ -151,6 +150,12 @@ def with_head(
     if intercept:
         headed[f"{within}bias"].copy_(bias)
     return headed
+
+
+def sums_layout(task: Task, module: nn.Module, private: PrivateMoments | None = None) -> Layout:
+    """Of what a site sends. Raises BadInput for a task that is no classification."""
+    layer = _linear(module, head_layer(module, classes(task)))
+    return (moments_layout if private is None else private_layout)(classes(task), layer.in_features)
 
 
 def classes(task: Task) -> int:

@@ -37,6 +37,13 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
         help="Without TLS, on this machine alone: whoever reaches the port may be anybody. For a first try.",
     ),
     click.option(
+        "--largest-message",
+        type=click.IntRange(1),
+        metavar="MIB",
+        show_default="8 models, at least 64",
+        help="MiB that a message of the other side may have: what is announced with more is refused.",
+    ),
+    click.option(
         "--log",
         type=click.Choice(["text", "json"]),
         default="text",

@@ -6,10 +6,12 @@ FedSB begins with whole weights). The door counts the bytes of every reply, what
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from fedelta.algorithms import round_zero
 from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.forecast_encrypted import encrypted_bytes
@@ -26,6 +28,8 @@ from fedelta.privacy.example_level import ROWS
 from fedelta.secure.aggregation import SecureAggregation
 from fedelta.secure.homomorphic import HomomorphicEncryption
 from fedelta.secure.protocol_coordinator import STEPS
+
+_LEAST_MESSAGE = 64 * 2**20
 
 
 def facts(federation: Federation[Any], site: PartyId, sites: Sequence[PartyId] = ()) -> Facts:
@@ -63,6 +67,24 @@ def facts(federation: Federation[Any], site: PartyId, sites: Sequence[PartyId] =
         noise=None if privacy is None else "coordinator" if privacy.central else "site",
         secret=federation.entropy == "system",
     )
+
+
+def largest_message(federation: Federation[Any], site: PartyId, given_mib: int | None = None) -> int:
+    """Bytes that a message may have: `given_mib`, or eight times what a model takes in float64, and 64 MiB at least.
+
+    A model is all that is trained, or moves with it; the sums of features for a closed-form start count where they are
+    more. It counts as the collect makes it: integers under masks, or ciphertexts. Limits: this is what the algorithms
+    here send many times over, and no bound of what others may, or of the stacked factors of thousands of sites.
+    """
+    if given_mib is not None:
+        return given_mib * 2**20
+    algorithm, state = federation.algorithm, federation.init().algorithm
+    numbers = max(algorithm.parameters(state).layout.size, algorithm.layout(state, site).size)
+    if federation.start is not None:
+        module = algorithm.task.flat(federation.seed, replace(federation.plan, device="cpu")).module
+        numbers = max(numbers, round_zero.sums_layout(algorithm.task, module).size)
+    model = Piece(name=algorithm.kind, dtype="float64", shape=(numbers,))
+    return max(_LEAST_MESSAGE, 8 * _bytes(federation, [model], (), None))
 
 
 def _way(federation: Federation[Any]) -> Way:

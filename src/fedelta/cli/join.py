@@ -14,7 +14,7 @@ from fedelta.algorithms.federation import Federation
 from fedelta.cli import dry_run
 from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Experiment
-from fedelta.cli.facts import facts
+from fedelta.cli.facts import facts, largest_message
 from fedelta.cli.models import kept_by
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.messages import PartyId
@@ -22,7 +22,7 @@ from fedelta.core.program import SiteData
 from fedelta.fleet import policy_file
 from fedelta.fleet.address import check_address
 from fedelta.fleet.departures import FILE, Departures
-from fedelta.fleet.member import Member
+from fedelta.fleet.member import Member, Patience
 from fedelta.fleet.own_files import IDENTITY, Party
 from fedelta.fleet.policy import NO_POLICY, Door, Policy
 
@@ -80,6 +80,7 @@ def command(experiment: Path, at: str | None, name: str | None, keep: Path | Non
         folder=folder,
         keep=kept_by(own, folder, experiment.stem, federation, names),
         threads=options["threads"],
+        patience=Patience(message=largest_message(federation, own, options["largest_message"])),
         guards=_door(_policy(options), federation, own, names, folder),
     )
     over = member.run()

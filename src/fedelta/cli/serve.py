@@ -12,6 +12,7 @@ from rich.console import Console
 from fedelta.cli.coordinator import Coordinator
 from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Sites
+from fedelta.cli.facts import largest_message
 from fedelta.cli.options import RunSettings
 from fedelta.cli.simulate import Elsewhere, Simulation
 from fedelta.core.errors import BadInput
@@ -107,7 +108,11 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
         least=options["min_sites"],
         credentials=credentials,
         allowed=_allow_all if revoked is None else revoked.refused,
-        limits=Limits(deadline_s=options["deadline"], absence_s=options["absence"]),
+        limits=Limits(
+            deadline_s=options["deadline"],
+            absence_s=options["absence"],
+            message=largest_message(federation, names[0], options["largest_message"]),
+        ),
         quarantine_after=options["quarantine_after"],
         telemetry=options["telemetry"],
         hand_over=not options["no_hand_over"],

@@ -146,7 +146,10 @@ def sendable(text: str) -> str:
 def checked_size(what: str, size: int, most: int) -> int:
     """Raises BadTensors where an announced size is beyond the limit: before anything is allocated for it."""
     if size > most:
-        raise BadTensors(f"{what} of {size} bytes is announced, and at most {most} are taken")
+        raise BadTensors(
+            f"{what} of {size} bytes is announced, and at most {most} are taken; where that is too little, raise "
+            "--largest-message"
+        )
     return size
 
 
