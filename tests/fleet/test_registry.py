@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from fedelta.fleet import registry as registry_module
 from fedelta.fleet.attendance import Attendance
 from fedelta.fleet.known_sites import KnownSite, Turns
 from fedelta.fleet.limits import Limits
-from fedelta.fleet.registry import DATABASE, Registry
+from fedelta.fleet.registry import DATABASE, LockedRegistry, Registry
 from fedelta.fleet.wire import METHOD, PROTOCOL, Refused, frame, versions
 from fleet_program import Play, load
 from remote_sites import coordinator, issued, site
@@ -292,6 +294,45 @@ def test_what_cannot_be_written_ends_the_run_at_its_next_round(opened: Registry)
             attendance.committed(Turns(number=1, counted=["a"]))
         with pytest.raises(FedeltaError, match="disk is full"):
             attendance.committed(Turns(number=2, counted=["a"]))
+
+
+def test_one_that_is_locked_is_waited_for_and_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / DATABASE
+    with Registry(path, busy_s=0.05) as operator, ThreadPoolExecutor(1) as pool:
+        with Registry(path) as found:
+            found.begin(["a", "b"])
+        with (
+            closing(sqlite3.connect(path, isolation_level=None)) as other,
+            Attendance(Registry(path, busy_s=0.05)) as own,
+        ):
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LockedRegistry, match=r"another process has locked .*coordinator\.sqlite; end it"):
+                operator.quarantine("a", "why")
+            own.tell("joined", "a")
+            written = pool.submit(own.committed, Turns(number=1, counted=["a"], absent={"b": "away"}))
+            eventually(lambda: caplog.text.count("it is waited for") > 2)
+            assert not written.done()
+            other.execute("ROLLBACK")
+            written.result(60)
+            own.committed(Turns(number=2, counted=["a", "b"]))
+        assert [one.number for one in operator.rounds()] == [1, 2]
+        assert [(one.what, one.times) for one in operator.events(9)] == [("joined", 1)]
+
+
+def test_one_that_stays_locked_does_not_keep_a_coordinator_from_ending_and_a_resume_mends_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, turns = tmp_path / DATABASE, Turns(number=1, counted=["a"])
+    own = Attendance(Registry(path, busy_s=0.05))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        written = pool.submit(own.committed, turns)
+        eventually(lambda: "it is waited for" in caplog.text)
+        own.close()
+        with pytest.raises(LockedRegistry):
+            written.result(60)
+    with Registry(path) as again:
+        assert again.follow([turns]) == (0, 1)
 
 
 def test_a_site_in_quarantine_is_told_why_and_its_requests_fail_at_once_until_it_is_readmitted(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The event loop of the streams must not wait for a disk. So what it tells goes to a thread, which writes all that has
 come since the last time in one transaction; and it asks a dictionary, which that thread takes from the database after
-each, and every second, since an operator may write there as well (`fedelta sites`).
+each, and every second, since an operator may write there as well (`fedelta sites`). While another
+process has the database locked, a round that was committed waits here, and the run with it.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Self
 from fedelta.core.errors import FedeltaError
 from fedelta.core.messages import PartyId
 from fedelta.fleet.known_sites import Happened, Turns
-from fedelta.fleet.registry import Registry
+from fedelta.fleet.registry import LockedRegistry, Registry
 
 log = logging.getLogger(__name__)
 _LOOK_S = 1.0  # between two looks at what an operator has written
@@ -30,6 +31,7 @@ class Attendance:
         self._registry = registry
         self._barred = self._looked()
         self._failure: Exception | None = None
+        self._closing = False
         self._tasks: queue.SimpleQueue[tuple[Task, Future[None] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedelta-registry", daemon=True)
         self._thread.start()
@@ -43,7 +45,8 @@ class Attendance:
         self.close()
 
     def close(self) -> None:
-        """Write what was told, and let go of the database."""
+        """Write what was told, and let go of the database; one that is locked is tried once more, and no longer."""
+        self._closing = True
         self._tasks.put(None)
         self._thread.join()
         self._registry.close()
@@ -107,10 +110,20 @@ class Attendance:
                     written.set_result(None)
 
     def _written(self, tasks: list[Task]) -> None:
-        if tasks:
-            with self._registry.transaction():
-                for task in tasks:
-                    task(self._registry)
+        while True:
+            try:
+                if tasks:
+                    with self._registry.transaction():
+                        for task in tasks:
+                            task(self._registry)
+                    tasks = []
+                return self._look()
+            except LockedRegistry as error:
+                if self._closing:
+                    raise
+                log.warning("%s; it is waited for", error, extra={"event": "registry locked"})
+
+    def _look(self) -> None:
         before, self._barred = self._barred, self._looked()
         for name in self._barred.keys() - before.keys():
             log.warning("%s", self._barred[name], extra={"event": "quarantined", "site": name})

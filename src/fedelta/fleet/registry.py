@@ -63,14 +63,15 @@ CREATE INDEX events_of_site ON events (site, id);
 class Registry:
     """The database of one run. One thread at a time uses an object; several processes may use the file.
 
-    Everything that writes raises FedeltaError, in one sentence, where the disk does not take it; the database is then
-    as it was before.
+    Everything that writes raises FedeltaError, in one sentence, where the disk does not take it, and LockedRegistry
+    where another process has the file; the database is then as it was before.
     """
 
-    def __init__(self, path: Path, *, quarantine_after: int = 0) -> None:
+    def __init__(self, path: Path, *, quarantine_after: int = 0, busy_s: float = _BUSY_S) -> None:
         """Open the database, or make it. `quarantine_after`: failures in a row; 0: nobody is put there by itself.
 
-        Raises BadInput if the file is damaged, or made by another version.
+        `busy_s`: seconds for which one that is locked is waited for, each time. Raises BadInput if the file is damaged,
+        or made by another version.
         """
         if quarantine_after < 0:
             raise BadInput(f"quarantine_after must be >= 0, got {quarantine_after}")
@@ -78,7 +79,7 @@ class Registry:
         self.fresh = False  # whether it was made just now
         self._after = quarantine_after
         with self._asking():
-            self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
             except BaseException:
@@ -138,6 +139,8 @@ class Registry:
             kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise DamagedRegistry(f"{self.path} is damaged ({error})") from error
+            if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise LockedRegistry(f"another process has locked {self.path}; end it (a backup, a sqlite3)") from error
             raise FedeltaError(
                 f"{self.path} cannot be used: {error}; the rounds that were committed are safe: mend that, and go on "
                 "with --resume"
@@ -354,6 +357,10 @@ class Registry:
 
 class DamagedRegistry(BadInput):
     """The file of a registry is not one, or no longer."""
+
+
+class LockedRegistry(FedeltaError):
+    """Another process has the database, and did not let go of it for a while; nothing was written."""
 
 
 _SITES = (
