@@ -1,5 +1,6 @@
 """Signatures of broadcasts and replies, by the certificates that parties have."""
 
+import base64
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -116,6 +117,9 @@ def test_no_other_party_is_taken_for_the_coordinator(folder: Path) -> None:
     own = site.chain + party.root  # of somebody whose certificate issues nothing
     with pytest.raises(BadTensors, match="no certificate for localhost"):
         signatures.coordinator(signed_by(site) + own, party.root, "localhost")
-    for damaged in (b"", b"no certificate", party.chain[:200]):
+    whole = signatures.coordinator(party.chain, party.root, "localhost")
+    version = base64.encodebytes(whole.replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020101")))  # 3 becomes 2
+    other = b"-----BEGIN CERTIFICATE-----\n" + version + b"-----END CERTIFICATE-----\n"
+    for damaged in (b"", b"no certificate", party.chain[:200], other):
         with pytest.raises(BadTensors, match="no certificate for localhost"):
             signatures.coordinator(damaged, party.root, "localhost")

@@ -27,6 +27,7 @@ from cryptography.x509.verification import (
 
 from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.messages import Reply
+from fedelta.fleet import certificate_forms as forms
 
 
 def _issues(_policy: object, _certificate: object, found: x509.BasicConstraints) -> None:
@@ -107,7 +108,7 @@ def coordinator(chain: bytes, roots: bytes, host: str) -> bytes:
         store = Store(x509.load_pem_x509_certificates(roots))
         policy = PolicyBuilder().store(store).extension_policies(ca_policy=_ABOVE, ee_policy=_OWN)
         policy.build_server_verifier(_subject(host)).verify(first, others)
-    except (ValueError, VerificationError) as error:
+    except (*forms.DAMAGED, VerificationError) as error:
         raise BadTensors(f"the coordinator shows no certificate for {host} by which it could sign: {error}") from None
     return first.public_bytes(Encoding.DER)
 
