@@ -139,10 +139,11 @@ def test_a_site_that_sends_nan_is_put_in_quarantine_and_readmitted(processes: Pr
     with Registry(folder / "run" / DATABASE) as registry:
         own = registry.rounds()
         states = [one.state for one in own]
-    assert [one.number for one in own] == [report.round for report in reports]
+    assert len(reports) - len(own) in (0, 1)  # the interrupt may have come between the two: --resume adds the last one
+    assert [one.number for one in own] == [report.round for report in reports[: len(own)]]
     assert all(
         ({*one.counted}, {*one.absent}) == ({*report.cohort} - report.absent.keys(), {*report.absent})
-        for one, report in zip(own, reports, strict=True)
+        for one, report in zip(own, reports, strict=False)
     )
     assert [report.refused for report in reports[:4]] == [("b",), ("b",), ("b",), ()]  # it is not asked any more
     assert None not in states[-3:]
