@@ -124,7 +124,7 @@ async def at_the_coordinator(came: Sequence[bytes]) -> list[Reply]:
         assert stream.taken  # who is refused is told why
         return finished
     place.session = session = Watched(place, stream, Room(MOST, None), Receipts(None), MOST, found[1], b"")
-    place.add(Ticket(ASKED, Outgoing({}), Outgoing({}), SAID, b""))
+    place.add(Ticket(ASKED, Outgoing({}), Outgoing({}), announcement(ASKED, SAID)))
     await session.run()
     assert len(finished) <= 1
     if session.broke is not None:
