@@ -246,7 +246,8 @@ class Session:
             raise BadTensors("it goes on sending what nobody has asked for")
 
     async def _begin(self, begun: Any) -> None:
-        if self._reply is not None:
+        if self._reply is not None:  # and it is begun anew
+            self._bear(0)
             self._reply[2].close()
             self._reply = None
         ticket = self._sent
