@@ -32,9 +32,13 @@ from fedelta import (
 )
 from fedelta.adapters.fed_sb import FedSB
 from fedelta.adapters.fedex_lora import FedExLoRA
+from fedelta.adapters.fedsa_lora import FedSALoRA
+from fedelta.adapters.ffa_lora import FFALoRA
 from fedelta.adapters.flexlora import FlexLoRA
 from fedelta.adapters.flora import FLoRA
+from fedelta.adapters.flora_na import FLoRANA
 from fedelta.adapters.hetlora import HetLoRA
+from fedelta.adapters.lora_fair import LoRAFAIR
 from fedelta.adapters.rolora import RoLoRA
 from fedelta.cli import facts as facts_module
 from fedelta.cli.facts import facts, largest_message
@@ -156,7 +160,7 @@ class Weighing:
         federation(collect=SecureAggregation(), privacy=DistributedDP(clip=1.0, noise=1.0)),
         *(
             dense_lora.federation(method(task=dense_lora.task(width=40), training=dense_lora.training()))
-            for method in (FLoRA, FedExLoRA, FedSB, FlexLoRA, HetLoRA, RoLoRA)
+            for method in (FLoRA, FedExLoRA, FedSB, FlexLoRA, HetLoRA, RoLoRA, FFALoRA, FedSALoRA, LoRAFAIR, FLoRANA)
         ),
     ],
     ids=lambda made: f"{type(made.algorithm).__name__} {made.collect} {made.start} {made.privacy}",

@@ -23,7 +23,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as given:
         for number, seed in enumerate(seeds()):
             Path(given, str(number)).write_bytes(seed)
-        atheris.Setup([*sys.argv, given, "-max_len=8192"], one_input)
+        again = any(Path(argument).is_file() for argument in sys.argv[1:])
+        atheris.Setup([*sys.argv, *([] if again else [given]), "-max_len=8192"], one_input)
         atheris.Fuzz()
 
 
