@@ -19,7 +19,7 @@ from tests.fleet.remote_sites import issued
 
 from fedelta.core import codec
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadTensors
+from fedelta.core.errors import BadTensors, Refused
 from fedelta.core.messages import Reply, Request
 from fedelta.fleet import frames_pb2 as frames
 from fedelta.fleet import signatures
@@ -31,7 +31,7 @@ from fedelta.fleet.rate import Bucket
 from fedelta.fleet.receipts import Receipts
 from fedelta.fleet.room import Room
 from fedelta.fleet.session import Place, Session, Ticket
-from fedelta.fleet.wire import CHUNK, PROTOCOL, Outgoing, Refused, announcement, asking, frame, grpc, replying, versions
+from fedelta.fleet.wire import CHUNK, PROTOCOL, Outgoing, announcement, asking, frame, grpc, replying, versions
 
 MOST = 2**22  # bytes of a message
 SAID = bytes(range(32))  # the digest of what the site is asked

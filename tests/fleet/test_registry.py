@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput, FedeltaError
+from fedelta.core.errors import BadInput, FedeltaError, Refused
 from fedelta.core.messages import Reply, Request
 from fedelta.fleet import frames_pb2 as frames
 from fedelta.fleet import registry as registry_module
@@ -29,7 +29,7 @@ from fedelta.fleet.attendance import Attendance
 from fedelta.fleet.known_sites import KnownSite, Turns
 from fedelta.fleet.limits import Limits
 from fedelta.fleet.registry import DATABASE, LockedRegistry, Registry
-from fedelta.fleet.wire import METHOD, PROTOCOL, Refused, frame, versions
+from fedelta.fleet.wire import METHOD, PROTOCOL, frame, versions
 from fleet_program import Play, load
 from remote_sites import coordinator, issued, site
 

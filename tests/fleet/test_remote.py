@@ -20,7 +20,7 @@ import torch
 from blake3 import blake3
 
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, NotNow, Refused
 from fedelta.core.messages import Reply, Request
 from fedelta.core.program import Fleet, Site
 from fedelta.fleet import frames_pb2 as frames
@@ -37,7 +37,6 @@ from fedelta.fleet.wire import (
     PROTOCOL,
     Credentials,
     Outgoing,
-    Refused,
     announcement,
     digest_of,
     frame,
@@ -248,12 +247,13 @@ def test_requests_that_nobody_waits_for_are_not_begun(tmp_path: Path) -> None:
     program = Counting()
     with (
         coordinator(program, ("amber",), limits=Limits(deadline_s=1.0)) as fleet,
-        site(program, load, "amber", fleet.port),
+        site(program, load, "amber", fleet.port) as running,
     ):
         assert fleet.wait_for(1, 20)
         assert ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)}).error is not None
         for attempt in range(3):
             assert ask(fleet, "amber", "echo", attempt=attempt).error is not None
+        until(lambda: not running.member._waiting)  # the last one's withdrawal is on its way when its failure is told
         (tmp_path / "go").touch()
         until(lambda: ask(fleet, "amber", "echo", round=2).error is None)
         until(lambda: ask(fleet, "amber", "echo", attempt=0).error is None)  # asked anew
@@ -373,6 +373,29 @@ def test_a_site_that_is_struck_off_has_to_leave() -> None:
     named = x509.load_der_x509_certificate(seen[0]).subject.rfc4514_string()
     assert named == "CN=amber"
     assert set(seen) == {seen[0]}
+
+
+def test_a_site_that_is_refused_for_what_passes_comes_back_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    passing: list[Exception] = []
+
+    def allowed(_name: str, _certificate: bytes) -> str | None:
+        for error in passing:
+            raise error
+        return None
+
+    limits = Limits(check_s=0.1)
+    with (
+        coordinator(Play(), ("amber",), allowed=allowed, limits=limits) as fleet,
+        site(Play(), load, "amber", fleet.port) as running,
+    ):
+        for error in (NotNow("the list has expired"), OSError("the list cannot be read")):
+            assert ask(fleet, "amber", "echo").error is None
+            passing.append(error)
+            until(lambda why=str(error): caplog.text.count(why) >= 4)  # both sides, while connected and when it comes
+            until(lambda: not fleet.connected())
+            passing.clear()
+        assert ask(fleet, "amber", "echo").error is None
+        assert running.outcome is None
 
 
 def test_a_certificate_of_another_authority_is_none(caplog: pytest.LogCaptureFixture) -> None:

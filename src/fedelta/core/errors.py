@@ -39,6 +39,14 @@ class RoundLost(TooFewSites):
     """A round of which nothing can be used, and which must not be asked for again: the run goes on with the next."""
 
 
+class Refused(FedeltaError):
+    """The coordinator does not let a site in, or no longer; the message is its reason."""
+
+
+class NotNow(Refused):
+    """Refused for a reason that passes without the site: it comes back by itself, and need not be started again."""
+
+
 class CannotResume(FedeltaError):
     """A run folder does not fit the run that would continue it."""
 

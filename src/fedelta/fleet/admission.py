@@ -9,7 +9,7 @@ from ssl import PEM_cert_to_DER_cert
 from typing import Any
 
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadTensors, FedeltaError
+from fedelta.core.errors import BadTensors, FedeltaError, NotNow, Refused
 from fedelta.core.messages import PartyId
 from fedelta.core.program import Program
 from fedelta.fleet import frames_pb2 as frames
@@ -17,7 +17,7 @@ from fedelta.fleet.answer import frozen
 from fedelta.fleet.known_sites import Register
 from fedelta.fleet.limits import Limits
 from fedelta.fleet.session import Place
-from fedelta.fleet.wire import PROTOCOL, Refused, clean, frame, grpc, parse, sendable, versions
+from fedelta.fleet.wire import PROTOCOL, clean, frame, grpc, parse, sendable, versions
 
 log = logging.getLogger(__name__)
 _HURRY_S = 5.0  # for the greeting of who is not registered, or has opened too many streams; and for a last word
@@ -54,17 +54,20 @@ class Admission:
             who = clean(name or (hello.name if isinstance(hello, frames.Hello) else "") or context.peer())
             log.warning("%s is not let in: %s", who, reason, extra={"event": "refused", "site": who})
             self._register.tell("refused", who, reason)
-            await _last_word(context, frames.Refused(reason=sendable(reason), final=isinstance(error, Refused)))
+            await _last_word(context, frames.Refused(reason=sendable(reason), final=is_final(error)))
             return None
 
-    def why_not(self, name: PartyId, certificate: bytes) -> str | None:
+    def why_not(self, name: PartyId, certificate: bytes) -> Refused | None:
         """What `allowed` says; where it cannot say anything nobody is let in."""
         try:
-            return self._allowed(name, certificate)
+            why = self._allowed(name, certificate)
+        except NotNow as error:
+            return error
         except Exception as error:  # of the operator's own code
             if not isinstance(error, FedeltaError | OSError):
                 log.exception("whether %s may join could not be looked up", name)
-            return f"whether {name} may join could not be looked up: {error}"
+            return NotNow(f"whether {name} may join could not be looked up: {error}")
+        return None if why is None else Refused(why)
 
     async def _greeting(self, context: Any, name: str | None) -> Any:
         """The first frame, None where none comes. Raises BadTensors or TimeoutError."""
@@ -94,9 +97,12 @@ class Admission:
             raise Refused(f"{said!r} is not a registered site; the coordinator's operator has to add it")
         if place.faults >= self._limits.faults:
             raise Refused(f"{said!r} broke the protocol {place.faults} times in a row: shut out; ask the operator")
-        why = self._register.barred(place.name) or self.why_not(hello.name, certificate)
-        if why is not None:
-            raise Refused(why)
+        barred = self._register.barred(place.name)
+        if barred is not None:
+            raise Refused(barred)
+        not_allowed = self.why_not(hello.name, certificate)
+        if not_allowed is not None:
+            raise not_allowed
         if hello.experiment != self._experiment:
             raise Refused(
                 f"{said} has another experiment than this coordinator, {self._experiment[:12]}…; install the same "
@@ -112,6 +118,11 @@ class Admission:
             if there != here:
                 raise Refused(f"{said} has {library} {there} and the coordinator {here}; install the same version")
         return place
+
+
+def is_final(error: Exception) -> bool:
+    """Whether a site that was refused for this need not come back."""
+    return isinstance(error, Refused) and not isinstance(error, NotNow)
 
 
 async def _last_word(context: Any, said: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from fedelta.core.digest import digest
-from fedelta.core.errors import BadInput, BadTensors
+from fedelta.core.errors import BadInput, BadTensors, Refused
 from fedelta.core.messages import PartyId, Reply, Request, Tensors
 from fedelta.core.program import Program
 from fedelta.fleet import certificate_forms as forms
@@ -37,7 +37,6 @@ from fedelta.fleet.wire import (
     PROTOCOL,
     Credentials,
     Incoming,
-    Refused,
     checked_size,
     clean,
     digest_of,

@@ -26,7 +26,7 @@ from fedelta.core.program import Program
 from fedelta.fleet import frames_pb2 as frames
 from fedelta.fleet import signatures
 from fedelta.fleet.address import check_address
-from fedelta.fleet.admission import Admission, Allowed
+from fedelta.fleet.admission import Admission, Allowed, is_final
 from fedelta.fleet.answer import check_message, check_spill, checked_names, parts, twice, unknown_site
 from fedelta.fleet.known_sites import NoRegister, Register
 from fedelta.fleet.limits import Limits
@@ -58,11 +58,11 @@ class Remote:
 
     `listen` is HOST:PORT; port 0 takes a free one, and `port` says which. `credentials` None means no TLS, on a
     loopback address only: whoever reaches the port may then take any name. `allowed(name, certificate)` gives the
-    reason why a site may not take part, or None; it is asked when a site connects and every `Limits.check_s` seconds
-    after that, with the certificate in DER. `run` names the run: what sites keep belongs to it, and a run that is
-    resumed has the name that it had. `spill` is an existing folder for the files of replies, `receipts` one for what
-    sites have signed (receipts.py). `register` is told of joins, refusals and faults, and says who is shut out whether
-    connected or not.
+    reason why a site may not take part, or None, and raises NotNow with one that passes without the site; it is asked
+    when a site connects and every `Limits.check_s` seconds after that, with the certificate in DER. `run` names the
+    run: what sites keep belongs to it, and a run that is resumed has the name that it had. `spill` is an existing
+    folder for the files of replies, `receipts` one for what sites have signed (receipts.py). `register` is told of
+    joins, refusals and faults, and says who is shut out whether connected or not.
 
     A bug at a site is a failure of that site here, since other organisations' code must not end the run; its own log
     has the traceback. The tensors of a request must not change until its reply is there.
@@ -349,21 +349,21 @@ class Remote:
                 if check and place.session is not None:
                     why = self._admission.why_not(place.name, place.session.certificate)
                     if why is not None:
-                        self._shut_out(place.session, why)
+                        self._shut_out(place.session, str(why), final=is_final(why))
 
-    def _shut_out(self, session: Session, why: str) -> None:
+    def _shut_out(self, session: Session, why: str, *, final: bool) -> None:
         if not session.ending:
             name = session.place.name
             log.warning("site %s may not stay: %s", name, why, extra={"event": "shut out", "site": name})
             self._register.tell("shut out", name, why)
-            session.end(why, final=True)
+            session.end(why, final=final)
 
     def _look_at(self, place: Place, now: float) -> None:
         limits, session = self._limits, place.session
         barred = self._register.barred(place.name)
         if barred is not None:
             if session is not None:
-                self._shut_out(session, barred)
+                self._shut_out(session, barred, final=True)
             if place.head is not None:  # the next one in a moment
                 place.fail(place.head, barred)
             return

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, NotNow
 from fedelta.fleet import certificate_forms as forms
 from fedelta.fleet.own_files import content
 
@@ -76,7 +76,10 @@ class Revocations:
         return self._list.end
 
     def refused(self, name: str, certificate: bytes, now: datetime | None = None) -> str | None:
-        """Why the site `name` may not take part with this certificate (DER), or None if it may."""
+        """Why the site `name` may not take part with this certificate (DER), or None if it may.
+
+        Raises NotNow for what passes without the site: a certificate that is not valid yet, a list that has expired.
+        """
         now = datetime.now(UTC) if now is None else now
         self._renew()
         known = self._issued(certificate)
@@ -88,13 +91,14 @@ class Revocations:
         if since is not None:
             return f"the certificate of {name!r} is revoked since {forms.day(since)}; ask the authority for another"
         if now < known.start:
-            return f"the certificate of {name!r} is not valid before {forms.day(known.start)}; are all clocks right?"
+            why = f"the certificate of {name!r} is not valid before {forms.day(known.start)}; are all clocks right?"
+            raise NotNow(why)
         if now > known.end:
             return f"the certificate of {name!r} has expired on {forms.day(known.end)}; ask the authority for another"
         if now > self._authority.not_valid_after_utc:
             return f"the authority's certificate has expired on {forms.day(self._authority.not_valid_after_utc)}"
         if now > self._list.end:
-            return (
+            raise NotNow(
                 f"the coordinator's list of revoked certificates has expired on {forms.day(self._list.end)}; its "
                 "authority has to renew it with `fedelta ca renew-list`"
             )

@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from fedelta.core import codec
-from fedelta.core.errors import BadInput, BadTensors, FedeltaError
+from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.extras import require
 from fedelta.core.messages import Meta, Plain, Reply, Request, Tensors
 
@@ -64,10 +64,6 @@ _KINDS: tuple[type[Message] | None, ...] = (
 _HEADED = (frames.Request, frames.Reply)
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS) if kind is not None}
 _CHUNK_KIND = b"\x06"
-
-
-class Refused(FedeltaError):
-    """The coordinator does not let this site in, or no longer; the message is its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
