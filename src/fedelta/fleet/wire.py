@@ -245,9 +245,9 @@ class Incoming:
 
     def digest(self) -> bytes:
         """BLAKE3 of what has come, where it was not dropped."""
-        if self.whole is not None:
-            return blake3(self.whole).digest()
-        assert self._hash is not None
+        if self._hash is None:
+            assert self.whole is not None
+            self._hash = blake3(self.whole)
         return self._hash.digest()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Plain]]:
