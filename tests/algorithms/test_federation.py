@@ -22,7 +22,7 @@ from fedelta.core import codec
 from fedelta.core.errors import BadInput, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.grid import Terms
-from fedelta.core.messages import Request, Requests, Update
+from fedelta.core.messages import PUBLIC, Reply, Request, Requests, Update
 from fedelta.core.parameters import Parameters
 from fedelta.core.program import Report, Sight, Site, SiteData, run
 from fedelta.core.seeds import derive
@@ -34,6 +34,7 @@ from fedelta.learning.optimizers import SGD, AdamW
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training, proximal_term, train
+from fedelta.privacy.example_level import ROWS
 from fedelta.privacy.site_level import SiteLevel
 from fedelta.secure.aggregation import SecureAggregation
 from small_task import plain_task, site_data, task
@@ -394,6 +395,12 @@ def test_the_test_set_is_checked_when_the_program_is_built() -> None:
         (lambda t: {**t, "count": torch.tensor(5.0, dtype=torch.float64)}, "claims to be of 5 sites"),
         (lambda t: {n: v for n, v in t.items() if n != "sum/loss"}, "lacks the sums loss"),
         (lambda t: {**t, "difference": t["difference"][1:].clone()}, "malformed"),
+        # numbers that only a guarantee, or only a sum, has
+        (lambda t: {**t, f"sum/{ROWS}": torch.tensor(torch.nan, dtype=torch.float64)}, "not a number"),
+        (lambda t: {**t, f"sum/{ROWS}": torch.tensor(torch.inf, dtype=torch.float64)}, "not a number"),
+        (lambda t: {**t, f"{PUBLIC}{ROWS}": torch.tensor([torch.nan], dtype=torch.float64)}, "malformed"),
+        (lambda t: {**t, f"{PUBLIC}{ROWS}": torch.tensor(7.0, dtype=torch.float64)}, "malformed"),
+        (lambda t: {**t, **{f"a name {n}": t["weight"] for n in range(10_000)}}, "unknown numbers"),
     ],
 )
 def test_a_malformed_update_makes_its_site_absent(change: Callable[[Any], Any], message: str) -> None:
@@ -408,7 +415,29 @@ def test_a_malformed_update_makes_its_site_absent(change: Callable[[Any], Any], 
     _, reports = run_all(federation(rounds=1, encoding=Odd()))
     assert list(reports[0].absent) == ["site-0"]
     assert message in reports[0].absent["site-0"]
+    assert len(reports[0].absent["site-0"]) < 1000
     assert reports[0].refused == ("site-0",)
+
+
+def test_evaluations_that_no_sum_can_hold_are_left_out() -> None:
+    program = federation(rounds=1, validate_at_sites=True)
+
+    class Boasting(Local):
+        """Two sites have measured more than a float64 can add."""
+
+        def next_reply(self, timeout_s: float | None = None) -> Any:
+            reply = super().next_reply(timeout_s)
+            if not isinstance(reply, Reply) or "/evaluate/" not in reply.answers or reply.sender[-1] not in "12":
+                return reply
+            loss = torch.tensor(1.7e308, dtype=torch.float64)
+            return replace(reply, body={**reply.body, "sum/loss": loss})
+
+    def site(name: str) -> SiteData:
+        return SiteData(train=DATA[name], validation=DATA[name])
+
+    ((_, report),) = run(program, Boasting(program, site, list(DATA)))
+    assert list(report.unmeasured) == ["site-1", "site-2"]
+    assert 0 < report.metrics["validation_loss"] < 100
 
 
 def test_a_site_that_cannot_be_evaluated_still_took_part() -> None:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedelta.core.codec import short
 from fedelta.core.errors import BadInput, TooFewSites
 from fedelta.core.grid import Terms, add_products, divide, magnitude
 from fedelta.core.messages import Kind, Update, Updates
@@ -24,7 +25,7 @@ from fedelta.core.parameters import Entry, Layout, Parameters
 from fedelta.core.program import Sight
 
 _INTEGER_BOUND = 2.0**24  # on entries that are integers in the module; float32 holds them exactly up to here
-_NUMBER_BOUND = 2.0**512  # on `Update.sums`, so that their total is finite
+NUMBER_BOUND = 2.0**512  # on `Update.sums`, so that their total is finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Mean:
         low, high = torch.aminmax(torch.stack([updates.weights, *updates.sums.values()]), dim=1)
         weight, *numbers = zip(low.tolist(), high.tolist(), strict=True)  # NaN if one is
         good = weight[0] >= 0 and weight[1] <= self.weight_bound
-        good &= all(max(-least, most) <= _NUMBER_BOUND for least, most in numbers)
+        good &= all(max(-least, most) <= NUMBER_BOUND for least, most in numbers)
         largest = magnitude(updates.values) if updates.magnitude is None else updates.magnitude
         if good and largest <= self.bound:
             return {}  # the usual case, and at most one pass over the values
@@ -129,8 +130,8 @@ class Mean:
         if not 0 <= update.weight <= limit:
             return f"weight {update.weight} is not within 0 and {limit:g}; raise Mean.weight_bound or lower the weight"
         for name, number in update.sums.items():
-            if not abs(number) <= _NUMBER_BOUND:
-                return f"sum {name!r} is {number}, which is not a number that can be added"
+            if not abs(number) <= NUMBER_BOUND:
+                return f"sum {short(name)} is {number}, which is not a number that can be added"
         return None
 
     def _values(self, values: Parameters, largest: float) -> str | None:

@@ -29,15 +29,15 @@ def arriving(
     """
     for reply in replies:
         for senders, body in bodies(reply, tally.absent):
-            public, tensors = parted(body)
+            public, tensors = parted(body) if federation.collect.shows is Sight.SUM else ({}, body)
             try:
                 update = federation.encoding.decode(tensors, layout(senders[0]))
-                _check(federation, update, len(senders))
+                rows = _checked(federation, update, len(senders))
             except BadTensors as error:
                 tally.refuse(senders, f"its update is malformed: {error}")
                 continue
-            rows = public[ROWS].tolist() if ROWS in public else [update.sums.get(ROWS, 1)] * len(senders)
-            tally.arrived |= zip(senders, map(int, rows), strict=True)
+            each = public[ROWS].tolist() if ROWS in public else [rows] * len(senders)
+            tally.arrived |= zip(senders, map(int, each), strict=True)
             for stage in reversed(federation.stages):
                 update = stage.on_arrival(update)
             refusal = rule.refuse(update)
@@ -57,8 +57,8 @@ def arriving(
         raise TooFewSites(tally.shortage(round, federation.min_sites))
 
 
-def _check(federation: Parts, update: Update, senders: int) -> None:
-    """Raise BadTensors for an update that could not be added to the others."""
+def _checked(federation: Parts, update: Update, senders: int) -> float:
+    """The rows of an update, 1 where they are not counted. Raises BadTensors for one that could not be added."""
     privacy, algorithm = federation.privacy, federation.algorithm
     dtype = torch.float32 if privacy is None or privacy.whole is None else torch.float64
     if update.values.vector.dtype != dtype:
@@ -74,3 +74,4 @@ def _check(federation: Parts, update: Update, senders: int) -> None:
     rows = 1.0 if privacy is None or privacy.central else update.sums.get(ROWS, 1.0)
     if not (1 <= rows <= senders * MOST and rows == int(rows)):  # also catches NaN
         raise BadTensors(f"it says that it is of {rows:g} rows")
+    return rows

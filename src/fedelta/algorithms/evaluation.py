@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping
 
+from fedelta.aggregation.mean import NUMBER_BOUND
 from fedelta.algorithms.tally import Tally, bodies
+from fedelta.core.codec import short
 from fedelta.core.errors import BadTensors, TooFewSites
 from fedelta.core.messages import Replies, Reply, Tensors, Update
 from fedelta.core.parameters import Layout
@@ -39,7 +41,7 @@ def _of(body: Tensors, objective: Objective) -> Mapping[str, float]:
     """The sums of an evaluation, empty from a site that holds nothing back. Raises BadTensors if there are none."""
     sums = Update.from_tensors(body, NO_VALUES).sums
     if sums and sums.keys() != set(objective.sums):
-        raise BadTensors(f"its evaluation has the sums {', '.join(sorted(sums))}")
-    if not all(map(math.isfinite, sums.values())):
-        raise BadTensors("its evaluation gave a number that is not finite")
+        raise BadTensors(f"its evaluation has the sums {short(sorted(sums))}")
+    if not all(abs(value) <= NUMBER_BOUND for value in sums.values()):
+        raise BadTensors("its evaluation gave a number that is not finite, or cannot be added")
     return sums

@@ -3,6 +3,7 @@
 Only tensors and plain metadata; no code, no pickle.
 """
 
+import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -155,13 +156,13 @@ class Update:
         """Read what `to_tensors` wrote. Raises BadTensors if names, shapes or dtypes are not of that form."""
         kinds: list[Kind] = [kind for kind in ("difference", "value") if kind in tensors]
         if len(kinds) != 1:
-            raise BadTensors(f"an update has one of 'difference' and 'value', got {sorted(tensors)}")
+            raise BadTensors(f"an update has one of 'difference' and 'value', got {reprlib.repr(sorted(tensors))}")
         numbers: dict[str, float] = {}
         for name, tensor in tensors.items():
             if name == kinds[0]:
                 continue
             if tensor.ndim != 0 or tensor.dtype != torch.float64:
-                raise BadTensors(f"number {name!r} of an update is not a float64 scalar")
+                raise BadTensors(f"number {reprlib.repr(name)} of an update is not a float64 scalar")
             numbers[name] = tensor.item()
         try:
             weight, count = numbers.pop("weight"), numbers.pop("count")
@@ -170,7 +171,7 @@ class Update:
         if not 0 <= weight < float("inf") or not 1 <= count < 2**53 or count != int(count):
             raise BadTensors(f"an update with weight {weight} and count {count}")
         if any(not name.startswith("sum/") for name in numbers):
-            raise BadTensors(f"unknown numbers in an update: {sorted(numbers)}")
+            raise BadTensors(f"unknown numbers in an update: {reprlib.repr(sorted(numbers))}")
         sums = {name.removeprefix("sum/"): value for name, value in numbers.items()}
         values = Parameters(layout, tensors[kinds[0]])
         return cls(values=values, kind=kinds[0], weight=weight, sums=sums, count=int(count))
