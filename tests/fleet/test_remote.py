@@ -207,6 +207,20 @@ def test_a_site_that_restarts_has_its_memory_and_does_not_answer_a_round_twice(t
         assert ask(fleet, "amber", "once", round=3).error is None
 
 
+@pytest.mark.parametrize("durable", [False, True])
+def test_another_name_of_the_run_gets_nothing_twice_from_a_process(durable: bool, tmp_path: Path) -> None:
+    folder = tmp_path if durable else None
+    with (
+        coordinator(Counting(), ("amber",), run="r") as first,
+        site(Counting(), load, "amber", first.port, folder=folder),
+    ):
+        assert ask(first, "amber", "once", round=3).error is None
+        first.close()
+        with coordinator(Counting(), ("amber",), run="another", listen=f"127.0.0.1:{first.port}") as second:
+            assert ask(second, "amber", "once", round=3).error == "this round was answered before"
+            assert ask(second, "amber", "once", round=4).error is None
+
+
 def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
     with coordinator(Play(), ("amber", "birch")) as fleet, site(Play(), load, "amber", fleet.port, folder=tmp_path):
         assert fleet.wait_for(1, 20)

@@ -1,7 +1,8 @@
 """What outlasts a site's process: its memory, which rounds it has worked on, its replies of the latest round.
 
 In a folder for each run apart, which one process at a time may use. Replies and memory survive `kill -9`; what the site
-has worked on (Site.given) survives a power cut as well, since on it rests that a site never answers a round twice.
+has worked on (Site.given) survives a power cut as well, since on it rests that a site never answers a round twice. The
+name of a run is the coordinator's word: so of one process, what it has worked on counts in all runs.
 """
 
 import fcntl
@@ -53,7 +54,7 @@ class Kept:
     def enter(self, run: str) -> dict[bytes, Stored]:
         """Open the folder of a run; the replies that are in it. Raises BadInput where another process has it."""
         self.close()
-        self.run, self._recalled, self._given, self._latest = run, set(), {}, None
+        self.run, self._recalled, self._latest = run, set(), None
         if self._root is None:
             return {}
         self.folder = folder = self._root / hashlib.sha256(run.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -65,7 +66,8 @@ class Kept:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"another process takes part with the folder {self._root}; end it, or use another") from None
-        self._given = self._read_given(folder / "given.json")
+        found = self._read_given(folder / "given.json")
+        self._given = found | {op: max(round, found.get(op, round)) for op, round in self._given.items()}
         return self._replies(folder / "replies")
 
     def close(self) -> None:
@@ -74,16 +76,18 @@ class Kept:
             self._lock = None
 
     def recall(self, site: Site) -> None:
-        """Tell a site that was made in this process what it has worked on in earlier ones."""
+        """Tell a site that was made for this run what it has worked on in earlier processes, and in this one."""
         if site.id not in self._recalled:
             self._recalled.add(site.id)
             site.given.update(self._given)
 
     def take_down(self, site: Site) -> None:
         """Make durable what the site has worked on, where that has changed."""
-        if self.folder is not None and dict(site.given) != self._given:
-            self._given = dict(site.given)
-            _replace(self.folder / "given.json", json.dumps(self._given).encode())
+        given = dict(site.given)
+        if given != self._given:
+            if self.folder is not None:
+                _replace(self.folder / "given.json", json.dumps(given).encode())
+            self._given = given
 
     def store(self, said: bytes, reply: Reply, job: str) -> None:
         """Keep a reply, and those of its round; forget the others."""
