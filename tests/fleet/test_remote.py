@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from ssl import PEM_cert_to_DER_cert
 from typing import Any
 
 import grpc
@@ -447,8 +448,8 @@ def test_the_second_process_of_a_name_takes_the_place_of_the_first() -> None:
 class Rogue:
     """A site that sends what it likes."""
 
-    def __init__(self, port: int, name: str, known: Sequence[bytes] = ()) -> None:
-        own = issued(name)
+    def __init__(self, port: int, name: str, known: Sequence[bytes] = (), own: Credentials | None = None) -> None:
+        own = own or issued(name)
         credentials = grpc.ssl_channel_credentials(own.root, own.key, own.chain)
         options = [("grpc.max_send_message_length", -1)]
         self._channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options)
@@ -592,6 +593,37 @@ def test_a_site_that_opens_too_many_streams_is_told_when_to_come_back() -> None:
             assert not said.final
         with site(Play(), load, "birch", fleet.port):
             assert ask(fleet, "birch", "echo").error is None
+
+
+def test_a_revoked_certificate_opens_no_streams_of_the_site_that_has_another() -> None:
+    revoked = authority().issue("amber")  # and issued("amber") is not
+
+    def allowed(_name: str, certificate: bytes) -> str | None:
+        return "it is revoked" if certificate == PEM_cert_to_DER_cert(revoked.chain.decode()) else None
+
+    limits = Limits(streams=Rate(per_minute=0.001, burst=2))
+    with coordinator(Play(), ("amber",), limits=limits, allowed=allowed) as fleet:
+        for _ in range(4):
+            thief = Rogue(fleet.port, "amber", own=revoked).hello(Play())
+            assert thief.next(frames.Refused).reason == "it is revoked"
+            thief.close()
+        with rogue(fleet, Play()) as good:
+            assert good.next(frames.Welcome) is not None
+
+
+def test_a_connection_without_a_stream_is_closed() -> None:
+    own, lost = issued("stranger"), threading.Event()
+    credentials = grpc.ssl_channel_credentials(own.root, own.key, own.chain)
+    with (
+        coordinator(Play(), ("amber",), limits=Limits(stall_s=1.0)) as fleet,
+        grpc.secure_channel(f"127.0.0.1:{fleet.port}", credentials) as channel,
+        site(Play(), load, "amber", fleet.port),
+    ):
+        grpc.channel_ready_future(channel).result(20)
+        channel.subscribe(lambda state: lost.set() if state is grpc.ChannelConnectivity.IDLE else None)
+        assert fleet.wait_for(1, 20)
+        assert lost.wait(60)
+        assert fleet.connected() == ("amber",)  # a site that waits to be asked has a stream
 
 
 def test_a_site_that_sends_what_nobody_asked_for_is_told_to_stop_and_then_dropped() -> None:

@@ -47,7 +47,7 @@ class Admission:
         name, certificate = _peer(context)
         hello = None
         try:
-            hello = await self._greeting(context, name)
+            hello = await self._greeting(context, name, certificate)
             return self._welcomed(hello, name, certificate), hello, certificate
         except (Refused, BadTensors, TimeoutError) as error:
             reason = str(error) or "it sent no greeting"
@@ -69,9 +69,11 @@ class Admission:
             return NotNow(f"whether {name} may join could not be looked up: {error}")
         return None if why is None else Refused(why)
 
-    async def _greeting(self, context: Any, name: str | None) -> Any:
+    async def _greeting(self, context: Any, name: str | None, certificate: bytes) -> Any:
         """The first frame, None where none comes. Raises BadTensors or TimeoutError."""
         known = None if name is None else self._places.get(name)
+        if known is not None and self.why_not(known.name, certificate) is not None:
+            known = None  # or whoever has a revoked certificate would open all streams of its name
         wait_s = 0.0 if known is None else known.streams.take(1, time.monotonic())
         strange = wait_s > 0 or (known is None and self._tls)
         async with asyncio.timeout(min(_HURRY_S, self._limits.stall_s) if strange else self._limits.stall_s):

@@ -12,7 +12,7 @@ class Limits:
 
     deadline_s: float = 3600.0  # from when a site is asked until its reply is there
     absence_s: float = 60.0  # that a site may be away before it counts as absent
-    stall_s: float = 60.0  # without a byte in the middle of a message; and for the greeting
+    stall_s: float = 60.0  # without a byte in the middle of a message, a greeting, or a stream in a connection
     check_s: float = 5.0  # between two looks at who may stay
     keepalive_s: float = 20.0  # of silence before a connection is tried
     message: int = 8 * 2**30  # bytes of a reply

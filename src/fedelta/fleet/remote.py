@@ -219,7 +219,11 @@ class Remote:
     # What follows runs in the event loop.
 
     async def _start(self, listen: str) -> int:
-        options = [*transport(self._limits.keepalive_s), ("grpc.so_reuseport", 0)]
+        options = [
+            *transport(self._limits.keepalive_s),
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_connection_idle_ms", max(1, int(1000 * self._limits.stall_s))),  # a site has a stream, or goes
+        ]
         if self._credentials is not None:  # without, the sites of a process share a connection
             options.append(("grpc.max_concurrent_streams", _STREAMS))
         self._server = grpc.aio.server(options=options)
