@@ -1,6 +1,8 @@
 """What others have signed, as it is kept on both sides of a stream and checked afterwards."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,29 @@ from fedelta.core.messages import Request
 from fedelta.fleet.receipts import FILE, SIGNERS, Receipts, read
 from fleet_program import Play, load
 from remote_sites import coordinator, site
+
+FULL = """
+import base64, json, resource, sys
+from pathlib import Path
+from fedelta.core.messages import Reply
+from fedelta.fleet.receipts import FILE, SIGNERS, Receipts
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+line = json.loads((folder / FILE).read_text().splitlines()[0])
+said, signature = line["said"], base64.b64decode(line["signature"])
+reply = Reply(sender="", answers=said["answers"], round=said["round"])
+certificate = (folder / SIGNERS / (line["by"] + ".der")).read_bytes()
+what = certificate, bytes.fromhex(said["request"]), reply, bytes.fromhex(said["body"]), signature
+receipts = Receipts(folder)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+try:
+    receipts.reply(*what)
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    receipts.reply(*what)
+else:
+    sys.exit("the disk was not full")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +97,19 @@ def test_a_torn_last_line_is_left_out_and_no_file_is_said(folders: tuple[Path, P
         assert (run / FILE).read_bytes() == before.splitlines(keepends=True)[0]
     finally:
         (run / FILE).write_bytes(before)
+
+
+def test_a_full_disk_leaves_no_torn_line_in_which_the_next_one_would_be(folders: tuple[Path, Path]) -> None:
+    run, _ = folders
+    there = (run / FILE).read_bytes()
+    folder = run.parent / "full"
+    folder.mkdir()
+    (folder / SIGNERS).mkdir()
+    for signer in (run / SIGNERS).iterdir():
+        (folder / SIGNERS / signer.name).write_bytes(signer.read_bytes())
+    (folder / FILE).write_bytes(there)
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL, str(folder), str(len(there) + 100)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [one.round for one in read(folder)] == [1, 3, 1]

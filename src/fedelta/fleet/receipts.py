@@ -10,6 +10,7 @@ the end of a process, and not a power cut.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -74,8 +75,12 @@ class Receipts:
             self._signers.add(by)
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": what, "by": by, "said": said}
         line["signature"] = base64.b64encode(signature).decode()
-        with (self._folder / FILE).open("a") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        content = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        with (self._folder / FILE).open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(content) < len(content):  # or what comes next would be in the same line
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), FILE)
 
 
 def read(folder: Path) -> Iterator[Receipt]:

@@ -64,8 +64,9 @@ class Work:
             if reply.error is None:  # after it was taken down: what is stored is sent without asking again
                 self._kept.store(said, reply, request.job)
         except Exception as error:
-            log.exception("the reply to %s was kept back", request.id, extra=_known_of("kept back", request))
-            why = str(error) if isinstance(error, BadInput) else "what would have left could not be taken down or kept"
+            known, meant = _known_of("kept back", request), isinstance(error, BadInput)
+            log.warning("the reply to %s: %s", request.id, error, exc_info=not meant, extra=known)
+            why = str(error) if meant else "what would have left could not be taken down or kept"
             reply, message = Reply.failure(request, why), Outgoing({})
         return Stored(reply.answers, reply.round, request.job, reply.error, message)
 
