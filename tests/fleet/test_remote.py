@@ -35,6 +35,7 @@ from fedelta.fleet.remote import Remote
 from fedelta.fleet.wire import (
     CHUNK,
     METHOD,
+    MOST_KNOWN,
     PROTOCOL,
     Credentials,
     Outgoing,
@@ -696,6 +697,34 @@ def test_a_site_is_told_that_nobody_waits_any_more() -> None:
         fleet.cancel(request.id)
         assert one.next(frames.Cancel).digest == asked.digest
         assert fleet.next_reply() is None
+
+
+class Straggling(Play):
+    """Says when it has begun with a request, and is not done before it is let go."""
+
+    begun, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def late(self, request: Request, site: Site) -> Reply:
+        self.begun.release()
+        assert self.go.acquire(timeout=60)
+        return Reply.to_request(request, LARGE)
+
+
+def test_a_straggler_keeps_to_itself_what_was_withdrawn_in_many_rounds(caplog: pytest.LogCaptureFixture) -> None:
+    program = Straggling()
+    caplog.set_level(logging.INFO, "fedelta")
+    with coordinator(program, ("amber",)) as fleet, site(program, load, "amber", fleet.port) as running:
+        for round in range(1, MOST_KNOWN + 3):
+            request = Request(to="amber", op="late", round=round)
+            fleet.submit(request)
+            assert program.begun.acquire(timeout=60)
+            fleet.cancel(request.id)
+            stream, nothing = running.member._stream, blake3().digest()
+            said = digest_of("", request, nothing, nothing)
+            until(lambda said=said, stream=stream: stream is not None and said in stream.dropped)
+            program.go.release()
+        assert ask(fleet, "amber", "echo", round=round).error is None
+    assert "nobody waits for" not in caplog.text
 
 
 def test_a_stream_that_stands_still_is_given_up() -> None:

@@ -10,6 +10,7 @@ on (Site.given), and its replies of the latest round. They survive `kill -9`; `g
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -80,7 +81,13 @@ class _Stream:
     outbox: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)  # digests of requests whose replies are due
     begun: Any = None
     parts: list[Incoming] = field(default_factory=list)  # of the request that comes in: shared and body
-    dropped: set[bytes] = field(default_factory=set)  # requests whose replies nobody waits for
+    # Requests whose replies nobody waits for: the latest ones, since a straggler is told of one in each round.
+    dropped: "deque[bytes]" = field(default_factory=lambda: deque(maxlen=MOST_KNOWN))
+
+    def wanted(self, said: bytes) -> None:
+        """Somebody waits for the reply to this request, again."""
+        with suppress(ValueError):
+            self.dropped.remove(said)
 
 
 class Member:
@@ -291,8 +298,8 @@ class Member:
             elif isinstance(came, frames.Again):
                 self._wanted(stream, came.digest)
             elif isinstance(came, frames.Cancel):
-                if len(stream.dropped) < MOST_KNOWN:  # a coordinator withdraws what it has asked for, one at a time
-                    stream.dropped.add(came.digest)
+                if came.digest not in stream.dropped:
+                    stream.dropped.append(came.digest)
                 if self._waiting.pop(came.digest, None) is not None:
                     self._pending.discard(came.digest)
             elif isinstance(came, frames.Over):
@@ -321,7 +328,7 @@ class Member:
         of_shared, shared = _broadcast(broadcast)
         request = request_of(begun, shared, *own.read())
         self._check(begun, request, of_shared, own.digest())
-        stream.dropped.discard(begun.digest)
+        stream.wanted(begun.digest)
         stored = self._answers.get(begun.digest)
         if begun.digest in self._pending or (stored is not None and (stored.error is None or not stored.sent)):
             self._wanted(stream, begun.digest)
@@ -345,7 +352,7 @@ class Member:
 
     def _wanted(self, stream: _Stream, said: bytes) -> None:
         """Send a reply that is here; one that is worked on is sent when it is there."""
-        stream.dropped.discard(said)
+        stream.wanted(said)
         if said in self._answers:
             if stream.outbox.qsize() < MOST_KNOWN:
                 stream.outbox.put_nowait(said)
