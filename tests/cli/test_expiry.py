@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from tests.cli.test_serve import Processes, free_port
+from tests.cli.test_serve import Processes
+from tests.ports import free_port
 
 from fedelta.cli.expiry import Expiry, Paper
 from fedelta.fleet.certificates import CertificateAuthority

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tests.cli.in_process import Fedelta, fedelta
+from tests.ports import free_port
 
 from fedelta.fleet.certificates import CertificateAuthority
 from fedelta.fleet.departures import read
@@ -131,11 +131,6 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     found.end()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_simulation(
     processes: Processes, fedelta: Fedelta
@@ -163,8 +158,8 @@ def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_s
     coordinator = processes("serve", *serve, "--resume")
     processes.until("serve", "Waiting for sites")
     again = processes("b", *join, "b", may_read="b")
-    assert coordinator.wait(60) == 0, processes.said("serve")
-    assert sites["a"].wait(20) == again.wait(20) == 0
+    assert coordinator.wait(120) == 0, processes.said("serve")
+    assert sites["a"].wait(120) == again.wait(120) == 0
     assert "a: the run is over" in processes.said("a")
     assert "Resumed after round" in processes.said("serve")
     reports = [json.loads(line) for line in rounds.read_text().splitlines()]

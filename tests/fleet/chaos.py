@@ -10,7 +10,6 @@ import argparse
 import json
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 from tests.fleet.chaos_checks import check
 from tests.fleet.chaos_experiment import HONEST, ROGUES
 from tests.fleet.chaos_processes import Processes
+from tests.ports import free_port
 
 from fedelta.core import codec
 from fedelta.fleet.certificates import CertificateAuthority
@@ -274,11 +274,6 @@ class Chaos:
 
     def _tail(self, name: str) -> str:
         return "\n".join(self._processes.said(name).splitlines()[-60:])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def main() -> None:

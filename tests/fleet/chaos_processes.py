@@ -67,7 +67,7 @@ class Processes:
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         self._parent.stdin.close()
-        self._parent.wait(20)
+        self._parent.wait(120)
         self._parent.stdout.close()
 
     def _ask(self, order: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.fleet.chaos import free_port
 from tests.fleet.chaos_processes import ROOT, Processes
+from tests.ports import free_port
 
 from fedelta.cli.deployment import loaded
 from fedelta.core.program import run
