@@ -239,20 +239,22 @@ def test_who_does_not_answer_in_time_and_who_does_not_come_is_absent(tmp_path: P
 
 def test_requests_that_nobody_waits_for_are_not_begun(tmp_path: Path) -> None:
     program = Counting()
-    with (
-        coordinator(program, ("amber",), limits=Limits(deadline_s=1.0)) as fleet,
-        site(program, load, "amber", fleet.port) as running,
-    ):
-        assert fleet.wait_for(1, PATIENCE_S)
-        assert ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)}).error is not None
+    with coordinator(program, ("amber",)) as fleet, site(program, load, "amber", fleet.port) as running:
+        waiting = running.member._waiting
+        busy = Request(to="amber", op="wait", round=1, meta={"folder": str(tmp_path)})
+        fleet.submit(busy)
+        until(lambda: (tmp_path / "begun").exists())
+        fleet.cancel(busy.id)
         for attempt in range(3):
-            assert ask(fleet, "amber", "echo", attempt=attempt).error is not None
-        until(lambda: not running.member._waiting)  # the last one's withdrawal is on its way when its failure is told
+            asked = Request(to="amber", op="echo", round=1, attempt=attempt)
+            fleet.submit(asked)
+            until(lambda: waiting)
+            fleet.cancel(asked.id)
+            until(lambda: not waiting)
         (tmp_path / "go").touch()
-        until(lambda: ask(fleet, "amber", "echo", round=2).error is None)
-        until(lambda: ask(fleet, "amber", "echo", attempt=0).error is None)  # asked anew
-    begun = [id for id in program.handled if "/1/" in id]
-    assert begun == ["/1/wait/0/amber", "/1/echo/0/amber"]
+        assert ask(fleet, "amber", "echo", round=2).error is None
+        assert ask(fleet, "amber", "echo", attempt=0).error is None  # asked anew
+    assert program.handled == ["/1/wait/0/amber", "/2/echo/0/amber", "/1/echo/0/amber"]
 
 
 def test_a_site_is_asked_when_it_comes() -> None:

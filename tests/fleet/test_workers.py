@@ -259,6 +259,7 @@ def test_close_ends_idle_workers_whose_pipes_stay_open(monkeypatch: pytest.Monke
     """Another process may have a copy of the coordinator's ends, so that the workers see no end of file."""
     killed = []
     kill = BaseProcess.kill
+    monkeypatch.setattr("fedelta.fleet.process._PATIENCE_S", 120.0)
     monkeypatch.setattr(BaseProcess, "kill", lambda process: (killed.append(process.pid), kill(process)))
     fleet = Workers(Play(), load, NAMES, workers=2)
     homes(fleet)
