@@ -145,7 +145,6 @@ def test_what_sites_keep_outlives_the_run(fedelta: Fedelta, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("remembering", ["", REMEMBERING.format(module="flora", name="FLoRA")])
 def test_killed_twenty_times_it_ends_with_the_same_bits(
     fedelta: Fedelta, experiment: Path, tmp_path: Path, remembering: str

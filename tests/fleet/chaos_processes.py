@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-QUICK = {"check_s": 0.3, "stall_s": 1.5, "keepalive_s": 3.0}  # of Limits: what would take minutes
-HASTE = {"first_pause_s": 0.05, "longest_pause_s": 0.3, "connect_s": 10.0, "keepalive_s": 3.0}  # of Patience
+QUICK = {"check_s": 0.3, "stall_s": 4.0, "keepalive_s": 6.0}  # of Limits: what would take minutes
+HASTE = {"first_pause_s": 0.05, "longest_pause_s": 0.3, "connect_s": 10.0, "keepalive_s": 6.0}  # of Patience
 
 
 class Processes:
