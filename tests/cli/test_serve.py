@@ -215,9 +215,10 @@ def test_as_json_each_round_is_a_record_and_for_people_it_is_not_told_twice(proc
         common = ["experiment.py", "--insecure", "--log", form, "--set", "ROUNDS=3"]
         listen = ["--listen", f"127.0.0.1:{port}", "--out", form]
         coordinator = processes(form, "serve", *common, *listen)
-        for name in ("a", "b"):
-            processes(name, "join", *common, "--at", f"127.0.0.1:{port}", "--name", name, may_read=name)
+        join = ["join", *common, "--at", f"127.0.0.1:{port}", "--name"]
+        sites = [processes(name, *join, name, may_read=name) for name in ("a", "b")]
         assert coordinator.wait(120) == 0, processes.said(form)
+        assert [one.wait(120) for one in sites] == [0, 0]  # their folders are free again
     told = [json.loads(line) for line in processes.said("json").splitlines() if line.startswith("{")]
     rounds = [one for one in told if one.get("event") == "round"]
     run = json.loads((processes.folder / "json" / "manifest.json").read_text())["run"]
