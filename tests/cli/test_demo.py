@@ -212,7 +212,7 @@ def test_no_process_stays_behind(how: str, tmp_path: Path) -> None:
             os.killpg(demo.pid, signal.SIGINT)
         else:
             demo.kill()
-        _, errors = demo.communicate(timeout=120)
+        _, errors = demo.communicate(timeout=300)
     if how == "interrupted":
         assert demo.returncode == 130
         assert errors.strip() == "fedelta: interrupted"

@@ -195,7 +195,7 @@ def test_ctrl_c_keeps_the_rounds_and_says_how_to_go_on(fedelta: Fedelta, experim
     while _lines(out) < 3 and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=120)
+    _, stderr = run.communicate(timeout=300)
     assert run.returncode == 130, stderr
     assert stderr.count("nterrupted") == 1
     assert "Continue with:" in stderr

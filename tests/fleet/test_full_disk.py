@@ -43,7 +43,7 @@ def limited(folder: Path, limit: int, *arguments: object) -> subprocess.Complete
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
