@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Read when the Hugging Face libraries are first imported, which no test does before this.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +17,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("fedelta", deadline=None)
+# Limits of time say how busy a machine is.
+settings.register_profile("fedelta", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fedelta")
 
 WORDS = ["the", "a", "good", "bad", "film", "plot", "was", "is", "very", "not", "dull", "bright", "story", "end"]
@@ -45,6 +46,14 @@ def _torchvision_operators() -> object:
 
 
 _OPERATORS = _torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Whichever tests were there before: that is up to the processes among which they are dealt out."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,6 @@ def test_a_folder_that_is_in_use_is_left_alone(module: Opened, tmp_path: Path, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_from_an_authority_to_a_model(tmp_path: Path, shared: Callable[[str], Path]) -> None:
     with script("run.py", "--data", shared("heart-disease"), "--out", tmp_path / "out") as one:
         printed, _ = one.communicate()
@@ -150,7 +149,6 @@ def test_from_an_authority_to_a_model(tmp_path: Path, shared: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_an_interrupt_ends_all_processes(tmp_path: Path, shared: Callable[[str], Path]) -> None:
     out = tmp_path / "out"
     with script("run.py", "--data", shared("heart-disease"), "--out", out, start_new_session=True) as one:
@@ -245,7 +243,6 @@ def test_what_is_said_gets_over_a_bad_line_that_is_cut_and_mended(network: Modul
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_bits_survive_delay_loss_and_a_cut(
     network: ModuleType, tmp_path: Path, shared: Callable[[str], Path]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.fleet.remote_sites import QUICK, Running
+from tests.fleet.remote_sites import PATIENCE_S, QUICK, Running
 from torch import nn
 
 from fedelta.algorithms.fedavg import FedAvg
@@ -69,12 +69,12 @@ def test_a_site_that_is_not_fedelta_takes_part(tmp_path: Path) -> None:
         there = credentials(tmp_path / "south", "site")
         south = Running(Member(federation, rows, "south", at=at, credentials=there, patience=QUICK))
         try:
-            assert fleet.wait_for(2, 60)
+            assert fleet.wait_for(2, PATIENCE_S)
             states = list(run(federation, fleet))
             assert all(not report.absent for _, report in states)
             without = federation.hand_over(states[-1][0], fleet)
             fleet.close(over="the run is over")
-            assert foreign.communicate(timeout=60)[0] == "north: the run is over\n"
+            assert foreign.communicate(timeout=PATIENCE_S)[0] == "north: the run is over\n"
         finally:
             south.end()
             foreign.kill()

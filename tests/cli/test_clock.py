@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.cli.in_process import Fedelta, fedelta
-from tests.cli.test_serve import EXPERIMENT, free_port
+from tests.cli.test_serve import EXPERIMENT
 from tests.fleet.remote_sites import site
+from tests.ports import free_port
 
 from fedelta.cli.experiment import federated
 from fedelta.cli.facts import facts

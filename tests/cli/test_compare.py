@@ -440,7 +440,7 @@ def test_ctrl_c_keeps_what_is_finished(fedelta: Fedelta, experiment: Path, tmp_p
     while len(kept(out)) < 1 and compare.poll() is None:
         time.sleep(0.005)
     compare.send_signal(signal.SIGINT)
-    _, errors = compare.communicate(timeout=60)
+    _, errors = compare.communicate(timeout=300)
     before = kept(out)
     assert before
     if len(before) < RUNS:  # it may have been quicker

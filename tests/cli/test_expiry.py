@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from tests.cli.test_serve import Processes, free_port
+from tests.cli.test_serve import Processes
+from tests.ports import free_port
 
 from fedelta.cli.expiry import Expiry, Paper
 from fedelta.fleet.certificates import CertificateAuthority
@@ -64,10 +65,10 @@ def test_serve_and_join_warn_as_they_begin(processes: Processes) -> None:
     serving = processes("serve", *serve, "--revoked", "ca/revoked.crl")
     for name in ("a", "b"):
         processes(name, "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--certificates", name, may_read=name)
-    assert serving.wait(240) == 0, processes.said("serve")
+    assert serving.wait(300) == 0, processes.said("serve")
     assert processes.said("serve").count("revoked.crl, without which nobody is let in, ends on") == 1
     assert "coordinator/certificate.pem" not in processes.said("serve")
     for name, one in zip(("a", "b"), processes.running[1:], strict=True):
-        assert one.wait(120) == 0, processes.said(name)
+        assert one.wait(300) == 0, processes.said(name)
         warned = f"{name}/certificate.pem ends on" in processes.said(name)
         assert warned == (name == "a")

@@ -323,7 +323,7 @@ def test_with_an_empty_home_nothing_is_said_or_written_elsewhere(files: Path, be
         text=True,
         cwd=work,
         env={name: os.environ[name] for name in kept if name in os.environ} | {"HOME": str(home)},
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

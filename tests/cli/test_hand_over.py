@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.cli.in_process import Fedelta, fedelta
 from tests.fleet.remote_sites import Running, site
+from tests.ports import free_port
 from torch import nn
 
 from fedelta import SGD, Classification, ExampleLevel, FedAvg, Federation, Task, Training
@@ -125,8 +125,7 @@ def joined(experiment: Path, port: int, *names: str) -> Iterator[list[Running]]:
 def serve(fedelta: Fedelta) -> Callable[..., str]:
     def served(experiment: Path, *options: object, sites: str) -> str:
         """What the coordinator and these sites print."""
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            port = int(found.getsockname()[1])
+        port = free_port()
         with joined(experiment, port, *sites):
             at = ["--listen", f"127.0.0.1:{port}", "--insecure"]
             return fedelta("serve", experiment, *at, "--out", "run", *options)

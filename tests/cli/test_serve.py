@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tests.cli.in_process import Fedelta, fedelta
+from tests.ports import free_port
 
 from fedelta.fleet.certificates import CertificateAuthority
 from fedelta.fleet.departures import read
@@ -107,7 +107,7 @@ class Processes:
         return (self.folder / f"{log}.log").read_text()
 
     def until(self, log: str, text: str) -> None:
-        for _ in range(12000):
+        for _ in range(30000):
             if (self.folder / f"{log}.log").exists() and text in self.said(log):
                 return
             time.sleep(0.01)
@@ -129,11 +129,6 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     found = Processes(tmp_path)
     yield found
     found.end()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -163,8 +158,8 @@ def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_s
     coordinator = processes("serve", *serve, "--resume")
     processes.until("serve", "Waiting for sites")
     again = processes("b", *join, "b", may_read="b")
-    assert coordinator.wait(60) == 0, processes.said("serve")
-    assert sites["a"].wait(20) == again.wait(20) == 0
+    assert coordinator.wait(300) == 0, processes.said("serve")
+    assert sites["a"].wait(300) == again.wait(300) == 0
     assert "a: the run is over" in processes.said("a")
     assert "Resumed after round" in processes.said("serve")
     reports = [json.loads(line) for line in rounds.read_text().splitlines()]
@@ -207,7 +202,7 @@ def test_a_site_with_another_experiment_is_told_so(processes: Processes) -> None
     join = ["join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--set", "LR=0.2"]
     other = processes("other", *join, "--name", "a")
     stranger = processes("stranger", *join, "--name", "c")
-    assert other.wait(120) == stranger.wait(120) == 2
+    assert other.wait(300) == stranger.wait(300) == 2
     assert "fedelta: a has another experiment" in processes.said("other")
     assert "'c' is not a registered site" in processes.said("stranger")
     assert "another experiment" in processes.said("serve")
@@ -220,9 +215,10 @@ def test_as_json_each_round_is_a_record_and_for_people_it_is_not_told_twice(proc
         common = ["experiment.py", "--insecure", "--log", form, "--set", "ROUNDS=3"]
         listen = ["--listen", f"127.0.0.1:{port}", "--out", form]
         coordinator = processes(form, "serve", *common, *listen)
-        for name in ("a", "b"):
-            processes(name, "join", *common, "--at", f"127.0.0.1:{port}", "--name", name, may_read=name)
-        assert coordinator.wait(120) == 0, processes.said(form)
+        join = ["join", *common, "--at", f"127.0.0.1:{port}", "--name"]
+        sites = [processes(name, *join, name, may_read=name) for name in ("a", "b")]
+        assert coordinator.wait(300) == 0, processes.said(form)
+        assert [one.wait(300) for one in sites] == [0, 0]  # their folders are free again
     told = [json.loads(line) for line in processes.said("json").splitlines() if line.startswith("{")]
     rounds = [one for one in told if one.get("event") == "round"]
     run = json.loads((processes.folder / "json" / "manifest.json").read_text())["run"]
@@ -241,7 +237,7 @@ def test_ctrl_c_is_told_once_with_how_to_go_on(processes: Processes) -> None:
     processes.until("serve", "site a has joined")
     for log, one in (("join", join), ("serve", serve)):
         one.send_signal(signal.SIGINT)
-        assert one.wait(120) == 130
+        assert one.wait(300) == 130
         assert processes.said(log).lower().count("interrupted") == 1, processes.said(log)
     assert "0 rounds are kept. Continue with:\n  fedelta serve" in processes.said("serve")
 

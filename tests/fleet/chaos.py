@@ -10,7 +10,6 @@ import argparse
 import json
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,13 +22,14 @@ from typing import Any
 from tests.fleet.chaos_checks import check
 from tests.fleet.chaos_experiment import HONEST, ROGUES
 from tests.fleet.chaos_processes import Processes
+from tests.ports import free_port
 
 from fedelta.core import codec
 from fedelta.fleet.certificates import CertificateAuthority
 
 REVOKED, EXPIRING, GUARDED = "h18", "h19", HONEST[:3]
-STILL_S = 2.5  # of a coordinator that is stopped: longer than the deadline of those whom it has asked
-FAREWELL_S = 10  # after which whoever is still there has not heard of the end
+STILL_S = 4.5  # of a coordinator that is stopped: longer than the deadline of those whom it has asked
+FAREWELL_S = 60  # after which whoever is still there has not heard of the end
 LIFE_S = 35  # of the certificate that expires while its site is connected
 POLICY = """
 [experiments]
@@ -252,7 +252,7 @@ class Chaos:
             "serve",
             *("fedelta", "serve", "experiment.py", "--listen", self._at, "--certificates", "coordinator"),
             *("--revoked", "ca/revoked.crl", "--out", "run", "--min-sites", "14", "--rounds", self.seen.rounds),
-            *("--deadline", "2", "--absence", "1", *more),
+            *("--deadline", "4", "--absence", "2", *more),
         )
 
     def _join(self, name: str) -> None:
@@ -274,11 +274,6 @@ class Chaos:
 
     def _tail(self, name: str) -> str:
         return "\n".join(self._processes.said(name).splitlines()[-60:])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-QUICK = {"check_s": 0.3, "stall_s": 1.5, "keepalive_s": 3.0}  # of Limits: what would take minutes
-HASTE = {"first_pause_s": 0.05, "longest_pause_s": 0.3, "connect_s": 10.0, "keepalive_s": 3.0}  # of Patience
+QUICK = {"check_s": 0.3, "stall_s": 4.0, "keepalive_s": 6.0}  # of Limits: what would take minutes
+HASTE = {"first_pause_s": 0.05, "longest_pause_s": 0.3, "connect_s": 10.0, "keepalive_s": 6.0}  # of Patience
 
 
 class Processes:
@@ -67,7 +67,7 @@ class Processes:
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         self._parent.stdin.close()
-        self._parent.wait(20)
+        self._parent.wait(120)
         self._parent.stdout.close()
 
     def _ask(self, order: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ import datetime
 import functools
 import ipaddress
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,8 @@ from fedelta.fleet.member import Member, Patience
 from fedelta.fleet.remote import Remote
 from fedelta.fleet.wire import Credentials
 
-QUICK = Patience(first_pause_s=0.05, longest_pause_s=0.2, connect_s=10.0)
+PATIENCE_S = 120.0  # for what has to happen, on a machine that is busy with much else
+QUICK = Patience(first_pause_s=0.05, longest_pause_s=0.2, connect_s=PATIENCE_S)
 _DAYS = datetime.timedelta(days=1)
 
 
@@ -61,6 +63,14 @@ def issued(name: str) -> Credentials:
     return authority().issue(name)
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what has to come about."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.01)
+
+
 def coordinator(program: Program[Any], names: Sequence[str], **options: Any) -> Remote:
     settings: dict[str, Any] = {"listen": "127.0.0.1:0", "credentials": issued("coordinator"), "limits": Limits()}
     return Remote(program, names, **(settings | options))
@@ -95,13 +105,13 @@ class Running:
 
     def result(self) -> object:
         """What `run` returned or raised, once it is over by itself."""
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
         return self.outcome
 
     def end(self) -> None:
         self.member.stop()
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
 
@@ -115,7 +125,7 @@ def far(program: Program[Any], load: Callable[[str], object], names: Sequence[st
         ]
         running = [Running(member) for member in members]
         try:
-            assert fleet.wait_for(len(names), 20)
+            assert fleet.wait_for(len(names), PATIENCE_S)
             yield fleet
         finally:
             for one in running:

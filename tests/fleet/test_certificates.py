@@ -139,12 +139,12 @@ def talk(server: ssl.SSLContext, client: ssl.SSLContext, host: str = "localhost"
             errors.append(error)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(20)
+        listener.settimeout(120)
         thread = threading.Thread(target=serve)
         thread.start()
         try:
             with (
-                socket.create_connection(listener.getsockname(), timeout=20) as plain,
+                socket.create_connection(listener.getsockname(), timeout=120) as plain,
                 client.wrap_socket(plain, server_hostname=host) as line,
             ):
                 line.sendall(b"x")

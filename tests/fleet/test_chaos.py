@@ -7,8 +7,7 @@ from tests.fleet.chaos import Chaos
 from tests.fleet.chaos_checks import check
 
 
-@pytest.mark.timeout(400)  # 200 rounds take 90 s on two cores that have nothing else to do
 @pytest.mark.parametrize("rounds", [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_nothing_that_happens_to_processes_and_streams_loses_or_doubles_a_round(rounds: int, tmp_path: Path) -> None:
-    seen = Chaos(tmp_path, seed=9, rounds=rounds, limit_s=300, tell=lambda _line: None).run()
+    seen = Chaos(tmp_path, seed=9, rounds=rounds, limit_s=800, tell=lambda _line: None).run()
     print(check(seen))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.fleet.chaos import free_port
 from tests.fleet.chaos_processes import ROOT, Processes
+from tests.ports import free_port
 
 from fedelta.cli.deployment import loaded
 from fedelta.core.program import run
@@ -43,7 +43,7 @@ def limited(folder: Path, limit: int, *arguments: object) -> subprocess.Complete
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -13,7 +13,7 @@ from fedelta.core.errors import BadInput
 from fedelta.core.messages import Request
 from fedelta.fleet.receipts import FILE, SIGNERS, Receipts, read
 from fleet_program import Play, load
-from remote_sites import coordinator, site
+from remote_sites import PATIENCE_S, coordinator, site
 
 FULL = """
 import base64, json, resource, sys
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ):
         for op, round in (("echo", 1), ("no such thing", 2), ("echo", 3)):
             fleet.submit(Request(to="amber", op=op, round=round))
-            assert fleet.next_reply(20) is not None
+            assert fleet.next_reply(PATIENCE_S) is not None
     (own,) = (path.parent for path in keep.rglob(FILE))
     return run, own
 

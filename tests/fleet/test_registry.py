@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -31,7 +31,7 @@ from fedelta.fleet.limits import Limits
 from fedelta.fleet.registry import DATABASE, LockedRegistry, Registry
 from fedelta.fleet.wire import METHOD, PROTOCOL, frame, versions
 from fleet_program import Play, load
-from remote_sites import coordinator, issued, site
+from remote_sites import PATIENCE_S, coordinator, issued, site, until
 
 NAN = "its number is NaN"
 
@@ -276,14 +276,6 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(opened: Registr
 # While a coordinator runs
 
 
-def eventually(done: Callable[[], object]) -> None:
-    for _ in range(2000):
-        if done():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it has not come to that")
-
-
 def test_what_cannot_be_written_ends_the_run_at_its_next_round(opened: Registry) -> None:
     pages = opened._database.execute("PRAGMA page_count").fetchone()[0]
     opened._database.execute(f"PRAGMA max_page_count = {pages}")
@@ -310,10 +302,10 @@ def test_one_that_is_locked_is_waited_for_and_nothing_is_lost(tmp_path: Path, ca
                 operator.quarantine("a", "why")
             own.tell("joined", "a")
             written = pool.submit(own.committed, Turns(number=1, counted=["a"], absent={"b": "away"}))
-            eventually(lambda: caplog.text.count("it is waited for") > 2)
+            until(lambda: caplog.text.count("it is waited for") > 2)
             assert not written.done()
             other.execute("ROLLBACK")
-            written.result(60)
+            written.result(PATIENCE_S)
             own.committed(Turns(number=2, counted=["a", "b"]))
         assert [one.number for one in operator.rounds()] == [1, 2]
         assert [(one.what, one.times) for one in operator.events(9)] == [("joined", 1)]
@@ -327,10 +319,10 @@ def test_one_that_stays_locked_does_not_keep_a_coordinator_from_ending_and_a_res
     with closing(sqlite3.connect(path, isolation_level=None)) as other, ThreadPoolExecutor(1) as pool:
         other.execute("BEGIN IMMEDIATE")
         written = pool.submit(own.committed, turns)
-        eventually(lambda: "it is waited for" in caplog.text)
+        until(lambda: "it is waited for" in caplog.text)
         own.close()
         with pytest.raises(LockedRegistry):
-            written.result(60)
+            written.result(PATIENCE_S)
     with Registry(path) as again:
         assert again.follow([turns]) == (0, 1)
 
@@ -345,28 +337,29 @@ def test_a_site_in_quarantine_is_told_why_and_its_requests_fail_at_once_until_it
         site(program, load, "amber", fleet.port) as amber,
         Registry(path) as operator,
     ):
-        assert fleet.wait_for(2, 20)
-        eventually(lambda: {one.name for one in operator.sites() if one.here} == {"amber", "birch"})
+        assert fleet.wait_for(2, PATIENCE_S)
+        until(lambda: {one.name for one in operator.sites() if one.here} == {"amber", "birch"})
         operator.quarantine("amber", "By the operator: it is under repair")
-        eventually(lambda: attendance.barred("amber"))
+        until(lambda: attendance.barred("amber"))
         outcome = amber.result()
         assert isinstance(outcome, Refused)
         assert "it is under repair" in str(outcome)
         assert "--readmit amber" in str(outcome)
         for to in ("amber", "birch"):
             fleet.submit(Request(to=to, op="echo", round=1))
-        replies = [fleet.next_reply(20), fleet.next_reply(20)]
+        replies = [fleet.next_reply(PATIENCE_S), fleet.next_reply(PATIENCE_S)]
         failed = {reply.sender: reply.error for reply in replies if isinstance(reply, Reply)}
         assert failed["birch"] is None
         assert "it is under repair" in str(failed["amber"])
+        until(lambda: operator.events(1, "amber")[0].what == "left")  # the stream ends a moment after the site
         with site(program, load, "amber", fleet.port) as again:
             assert isinstance(again.result(), Refused)
-        eventually(lambda: operator.events(1, "amber")[0].what == "refused")  # it is written a moment later
+        until(lambda: operator.events(1, "amber")[0].what == "refused")  # it is written a moment later
         operator.readmit("amber")
-        eventually(lambda: attendance.barred("amber") is None)
+        until(lambda: attendance.barred("amber") is None)
         with site(program, load, "amber", fleet.port):
             fleet.submit(Request(to="amber", op="echo", round=2))
-            reply = fleet.next_reply(20)
+            reply = fleet.next_reply(PATIENCE_S)
             assert isinstance(reply, Reply)
             assert reply.error is None
     with Registry(path) as after:
@@ -387,7 +380,7 @@ def test_a_site_that_breaks_the_protocol_is_put_in_quarantine(tmp_path: Path) ->
             with grpc.secure_channel(f"127.0.0.1:{fleet.port}", credentials) as channel:
                 call = channel.stream_stream(METHOD)(iter([frame(hello), b"\x99 what no site sends"]))
                 list(call)
-        eventually(lambda: attendance.barred("amber"))
+        until(lambda: attendance.barred("amber"))
         with site(program, load, "amber", fleet.port) as amber:
             outcome = amber.result()
         assert isinstance(outcome, Refused)

@@ -5,7 +5,6 @@ import logging
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import grpc
 import pytest
 import torch
 from blake3 import blake3
+from tests.ports import free_port
 
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, NotNow, Refused
@@ -46,7 +46,7 @@ from fedelta.fleet.wire import (
     versions,
 )
 from fleet_program import Play, load
-from remote_sites import Authority, authority, coordinator, far, issued, site
+from remote_sites import PATIENCE_S, Authority, authority, coordinator, far, issued, site, until
 
 LARGE = {"w": torch.arange(2 * CHUNK, dtype=torch.float32)}  # 8 MiB: more than what lies in the buffers on the way
 SMALL = {"w": torch.arange(5.0)}
@@ -54,7 +54,7 @@ SMALL = {"w": torch.arange(5.0)}
 
 def ask(fleet: Fleet, to: str, op: str, **parts: Any) -> Reply:
     fleet.submit(Request(to=to, op=op, **({"round": 1} | parts)))
-    reply = fleet.next_reply(30)
+    reply = fleet.next_reply(PATIENCE_S)
     assert isinstance(reply, Reply)
     return reply
 
@@ -137,7 +137,7 @@ def proxied(program: Play, **options: Any) -> Iterator[tuple[Remote, Proxy]]:
         proxy = Proxy(fleet.port)
         try:
             with site(program, load, "amber", proxy.port):
-                assert fleet.wait_for(1, 20)
+                assert fleet.wait_for(1, PATIENCE_S)
                 yield fleet, proxy
         finally:
             proxy.close()
@@ -174,18 +174,10 @@ def test_a_site_that_works_when_the_stream_breaks_goes_on(tmp_path: Path) -> Non
         proxy.cut()
         until(lambda: proxy.connections == 2)
         (tmp_path / "go").touch()
-        reply = fleet.next_reply(30)
+        reply = fleet.next_reply(PATIENCE_S)
         assert isinstance(reply, Reply)
         assert reply.error is None
     assert len(program.handled) == 1
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came about")
 
 
 def test_a_site_that_restarts_has_its_memory_and_does_not_answer_a_round_twice(tmp_path: Path) -> None:
@@ -225,7 +217,7 @@ def test_another_name_of_the_run_gets_nothing_twice_from_a_process(durable: bool
 
 def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
     with coordinator(Play(), ("amber", "birch")) as fleet, site(Play(), load, "amber", fleet.port, folder=tmp_path):
-        assert fleet.wait_for(1, 20)
+        assert fleet.wait_for(1, PATIENCE_S)
         assert ask(fleet, "amber", "echo").error is None
         with site(Play(), load, "birch", fleet.port, folder=tmp_path) as second:
             assert isinstance(second.result(), BadInput)
@@ -233,26 +225,28 @@ def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
 
 def test_a_coordinator_that_comes_back_finds_its_sites_again() -> None:
     program = Counting()
-    with coordinator(program, ("amber",)) as fleet:
-        port = fleet.port
-        with site(program, load, "amber", port) as running:
-            assert ask(fleet, "amber", "echo").error is None
-            fleet.close()
-            with coordinator(program, ("amber",), listen=f"127.0.0.1:{port}") as second:
-                assert ask(second, "amber", "echo").error is None  # the same request of a run that is resumed
-                second.close(over="all rounds are done")
-                assert running.result() == "all rounds are done"
+    listen = f"127.0.0.1:{free_port()}"
+    with (
+        coordinator(program, ("amber",), listen=listen) as fleet,
+        site(program, load, "amber", fleet.port) as running,
+    ):
+        assert ask(fleet, "amber", "echo").error is None
+        fleet.close()
+        with coordinator(program, ("amber",), listen=listen) as second:
+            assert ask(second, "amber", "echo").error is None  # the same request of a run that is resumed
+            second.close(over="all rounds are done")
+            assert running.result() == "all rounds are done"
     assert len(program.handled) == 1
 
 
 def test_who_does_not_answer_in_time_and_who_does_not_come_is_absent(tmp_path: Path) -> None:
     limits = Limits(deadline_s=1.5, absence_s=0.3)
     with coordinator(Play(), ("amber", "birch"), limits=limits) as fleet, site(Play(), load, "amber", fleet.port):
-        assert fleet.wait_for(1, 20)
+        assert fleet.wait_for(1, PATIENCE_S)
         late = ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)})
         assert late.error == "it did not answer within 1.5 s"
         (tmp_path / "go").touch()  # its reply is late, and dropped
-        assert ask(fleet, "amber", "echo", round=2).error is None
+        until(lambda: ask(fleet, "amber", "echo", round=2).error is None)  # a busy machine may be late again
         assert fleet.next_reply() is None
         assert "not been connected for 0.3 s" in str(ask(fleet, "birch", "echo").error)
         assert fleet.connected() == ("amber",)
@@ -261,20 +255,22 @@ def test_who_does_not_answer_in_time_and_who_does_not_come_is_absent(tmp_path: P
 
 def test_requests_that_nobody_waits_for_are_not_begun(tmp_path: Path) -> None:
     program = Counting()
-    with (
-        coordinator(program, ("amber",), limits=Limits(deadline_s=1.0)) as fleet,
-        site(program, load, "amber", fleet.port) as running,
-    ):
-        assert fleet.wait_for(1, 20)
-        assert ask(fleet, "amber", "wait", meta={"folder": str(tmp_path)}).error is not None
+    with coordinator(program, ("amber",)) as fleet, site(program, load, "amber", fleet.port) as running:
+        waiting = running.member._waiting
+        busy = Request(to="amber", op="wait", round=1, meta={"folder": str(tmp_path)})
+        fleet.submit(busy)
+        until(lambda: (tmp_path / "begun").exists())
+        fleet.cancel(busy.id)
         for attempt in range(3):
-            assert ask(fleet, "amber", "echo", attempt=attempt).error is not None
-        until(lambda: not running.member._waiting)  # the last one's withdrawal is on its way when its failure is told
+            asked = Request(to="amber", op="echo", round=1, attempt=attempt)
+            fleet.submit(asked)
+            until(lambda: waiting)
+            fleet.cancel(asked.id)
+            until(lambda: not waiting)
         (tmp_path / "go").touch()
-        until(lambda: ask(fleet, "amber", "echo", round=2).error is None)
-        until(lambda: ask(fleet, "amber", "echo", attempt=0).error is None)  # asked anew
-    begun = [id for id in program.handled if "/1/" in id]
-    assert begun == ["/1/wait/0/amber", "/1/echo/0/amber"]
+        assert ask(fleet, "amber", "echo", round=2).error is None
+        assert ask(fleet, "amber", "echo", attempt=0).error is None  # asked anew
+    assert program.handled == ["/1/wait/0/amber", "/2/echo/0/amber", "/1/echo/0/amber"]
 
 
 def test_a_site_is_asked_when_it_comes() -> None:
@@ -283,7 +279,7 @@ def test_a_site_is_asked_when_it_comes() -> None:
         assert fleet.next_reply(0.1) is None
         assert not fleet.wait_for(1, 0.1)
         with site(Play(), load, "amber", fleet.port):
-            reply = fleet.next_reply(20)
+            reply = fleet.next_reply(PATIENCE_S)
         assert isinstance(reply, Reply)
         assert reply.error is None
 
@@ -380,7 +376,7 @@ def test_a_site_that_is_struck_off_has_to_leave() -> None:
     limits = Limits(check_s=0.1)
     with coordinator(Play(), ("amber",), allowed=allowed, limits=limits) as fleet:
         with site(Play(), load, "amber", fleet.port) as running:
-            assert fleet.wait_for(1, 20)
+            assert fleet.wait_for(1, PATIENCE_S)
             struck.append("amber")
             assert str(running.result()) == "its certificate was revoked"
         until(lambda: not fleet.connected())
@@ -440,7 +436,7 @@ def test_a_site_whose_certificate_has_expired_says_so_and_ends(tmp_path: Path) -
 
 def test_the_second_process_of_a_name_takes_the_place_of_the_first() -> None:
     with coordinator(Play(), ("amber",)) as fleet, site(Play(), load, "amber", fleet.port) as first:
-        assert fleet.wait_for(1, 20)
+        assert fleet.wait_for(1, PATIENCE_S)
         with site(Play(), load, "amber", fleet.port):
             assert "takes its place" in str(first.result())
             assert ask(fleet, "amber", "echo").error is None
@@ -556,10 +552,10 @@ def test_a_site_that_sends_garbage_is_dropped_with_the_reason_and_others_go_on(k
         rogue(fleet, program) as bad,
         site(program, load, "birch", fleet.port),
     ):
-        assert fleet.wait_for(2, 20)
+        assert fleet.wait_for(2, PATIENCE_S)
         fleet.submit(Request(to="amber", op="echo", round=1))
         bad.send(*make(bad.next(frames.Request)))
-        reply = fleet.next_reply(20)
+        reply = fleet.next_reply(PATIENCE_S)
         assert isinstance(reply, Reply)
         assert reply.error is not None
         assert why in reply.error
@@ -639,19 +635,20 @@ def test_a_site_that_sends_what_nobody_asked_for_is_told_to_stop_and_then_droppe
 
 
 def test_who_does_not_greet_is_refused() -> None:
-    with coordinator(Play(), ("amber",), limits=Limits(stall_s=3.0)) as fleet:
-        for raw, why in {
-            b"\xff": "unknown kind",
-            frame(frames.Over()): "begins with a Hello",
-            b"": "no greeting",
-        }.items():
+    for raw, why, limits in [
+        (b"", "no greeting", Limits(stall_s=0.3)),
+        (b"\xff", "unknown kind", Limits()),
+        (frame(frames.Over()), "begins with a Hello", Limits()),
+    ]:
+        with coordinator(Play(), ("amber",), limits=limits) as fleet:
             silent = Rogue(fleet.port, "amber")
             if raw:
                 silent.send(raw)
             assert why in silent.next(frames.Refused).reason
             silent.close()
-        with rogue(fleet, Play()) as good:
-            assert good.next(frames.Welcome) is not None
+            if raw:  # where there is time to greet, on any machine
+                with rogue(fleet, Play()) as good:
+                    assert good.next(frames.Welcome) is not None
 
 
 def test_duplicated_replies_and_replies_to_nothing_are_dropped() -> None:
@@ -663,14 +660,14 @@ def test_duplicated_replies_and_replies_to_nothing_are_dropped() -> None:
         whole = [signed_answer(asked, message.head()), *message.frames()]
         unknown = [answer_to(asked, digest=bytes(32), answers="what", body=message.size), *message.frames()]
         twice.send(*unknown, *whole, *whole, *whole[:1])
-        reply = fleet.next_reply(20)
+        reply = fleet.next_reply(PATIENCE_S)
         assert isinstance(reply, Reply)
         assert torch.equal(reply.body["w"], SMALL["w"])
         assert fleet.next_reply(0.1) is None
         fleet.submit(Request(to="amber", op="echo", round=2))
         asked = twice.next(frames.Request)
         twice.send(*whole, answer_to(asked))
-        second = fleet.next_reply(20)
+        second = fleet.next_reply(PATIENCE_S)
         assert isinstance(second, Reply)
         assert (second.round, dict(second.body)) == (2, {})
 
@@ -684,7 +681,7 @@ def test_a_request_that_the_site_knows_is_not_sent_again() -> None:
         second = Rogue(fleet.port, "amber", known=[asked.digest]).hello(program)
         assert second.next(frames.Again).digest == asked.digest
         second.send(answer_to(asked))
-        assert fleet.next_reply(20) is not None
+        assert fleet.next_reply(PATIENCE_S) is not None
         second.close()
 
 
@@ -736,7 +733,7 @@ def test_a_stream_that_stands_still_is_given_up() -> None:
         fleet.submit(Request(to="amber", op="echo", round=1))
         slow.send(answer_to(slow.next(frames.Request), body=2 * CHUNK), b"\x06" + bytes(CHUNK))
         assert "nothing moved for 2 s" in slow.next(frames.Refused).reason
-        reply = fleet.next_reply(20)
+        reply = fleet.next_reply(PATIENCE_S)
         assert isinstance(reply, Reply)
         assert reply.error == "it has not been connected for 0.2 s"
 
@@ -788,7 +785,7 @@ def test_a_fleet_that_is_closed_takes_nothing() -> None:
 def test_joining_and_leaving_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), coordinator(Play(), ("amber",)) as fleet:
         with site(Play(), load, "amber", fleet.port):
-            assert fleet.wait_for(1, 20)
+            assert fleet.wait_for(1, PATIENCE_S)
         until(lambda: "site amber has gone" in caplog.text or not fleet.connected())
     assert "site amber has joined" in caplog.text
 
@@ -816,7 +813,7 @@ def test_a_site_with_other_frozen_weights_is_refused() -> None:
         with site(based(""), load, "amber", fleet.port) as without:
             assert "are none… at amber" in str(without.result())
         with site(based("aaa"), load, "birch", fleet.port):
-            assert fleet.wait_for(1, 20)
+            assert fleet.wait_for(1, PATIENCE_S)
 
 
 def test_a_site_that_names_no_versions_may_take_part() -> None:

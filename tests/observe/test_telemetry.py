@@ -262,6 +262,8 @@ def test_it_reaches_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     collector.start()
     try:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "120")
+        monkeypatch.setattr("fedelta.observe.telemetry._LAST_S", 120.0)
         telemetry = Telemetry.from_environment()
         fleet = telemetry.watch(Local(Play(), load, NAMES))
         fleet.submit(Request(to="amber", op="echo", round=1, shared=SHARED))

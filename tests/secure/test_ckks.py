@@ -250,7 +250,7 @@ def test_processes_that_were_forked_draw_other_randomness() -> None:
     children = [context.Process(target=_encrypt, args=(queue, ROW)) for _ in range(2)]
     for child in children:
         child.start()
-    found = {queue.get(timeout=60) for _ in children}
+    found = {queue.get(timeout=120) for _ in children}
     for child in children:
         child.join()
     assert len(found) == 2

@@ -116,7 +116,7 @@ def test_a_fork_has_no_secret_key(party: KeyParty) -> None:
     queue = context.Queue()
     child = context.Process(target=_tell, args=(queue, party, summed(party.public)))
     child.start()
-    told = queue.get(timeout=60)
+    told = queue.get(timeout=120)
     child.join()
     assert told[0].startswith("the secret key is in the process in which the key party was made, until it is closed")
     assert told[1]
@@ -240,7 +240,7 @@ def test_a_folder_has_one_key_party_at_a_time(tmp_path: Path) -> None:
 
 def _wait(go, done) -> None:
     go.set()
-    done.wait(60)
+    done.wait(120)
 
 
 def test_a_fork_does_not_keep_the_folder(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_fork_does_not_keep_the_folder(tmp_path: Path) -> None:
     go, done = context.Event(), context.Event()
     child = context.Process(target=_wait, args=(go, done))
     child.start()
-    go.wait(60)
+    assert go.wait(120)
     first.close()
     KeyParty.read(tmp_path / "keys").close()  # while the child lives
     done.set()

@@ -224,7 +224,7 @@ class Simulation:
                     progress.show(report)
                     trackers.show(report)
         except KeyboardInterrupt:
-            kept = f"{plural(len(reports), 'round')} {'is' if len(reports) == 1 else 'are'} kept"
+            kept = f"{plural(folder.kept, 'round')} {'is' if folder.kept == 1 else 'are'} kept"
             raise click.Abort(f"{kept}. Continue with:\n  {self.settings.again}") from None
         except Exception:
             folder.commit()

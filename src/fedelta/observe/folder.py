@@ -128,6 +128,11 @@ class RunFolder:
         finally:
             self.close()
 
+    @property
+    def kept(self) -> int:
+        """How many rounds a commit makes durable, or has made so."""
+        return self._tip.lines
+
     def check_same(self, manifest: Mapping[str, Plain]) -> None:
         """Raise CannotResume unless `manifest` has the same experiment, seed, data and plan as this run."""
         mine = {key: self.manifest[key] for key in IDENTITY if key in self.manifest}
