@@ -1,10 +1,11 @@
-"""What of a round is left to PyTorch: forward and backward passes alone, in a process for each core, and nothing else.
+"""What of a round of "mnist-cnn" is PyTorch's: forward and backward passes, in a process for each core.
 
-    python -m benchmarks.passes [--workload lora-text]
+    python -m benchmarks.passes
 
 They take turns with the bare loop of `benchmarks/simulation`, in whose units they are told: no simulation that uses
-PyTorch's operations on this many cores can take less. The passes are as many as a round has, of the same batches; no
-optimiser, no copy of the model, no mean. Images are channels last. Nothing else should run on the machine meanwhile.
+PyTorch's operations on this many cores can take less. The passes are as many as a round has, of batches that are there
+already; no optimiser, no copy of the model, no mean. Images are channels last. Nothing else should run on the machine
+meanwhile.
 """
 
 import argparse
@@ -24,42 +25,44 @@ from benchmarks.simulation import with_bare
 from benchmarks.simulation.outcome import Settings
 from benchmarks.simulation.workloads import data, find, predict, trained
 
+WORKLOAD = "mnist-cnn"
 ROUNDS = 3  # of the bare loop in a turn; the first one warms up
 
 
-def bare(name: str, cores: int) -> Callable[[], float]:
+def bare(cores: int) -> Callable[[], float]:
     """Seconds of a round."""
 
     def turn() -> float:
-        ends = with_bare.run(find(name), ROUNDS, Settings(device="cpu", cores=cores)).ends
+        ends = with_bare.run(find(WORKLOAD), ROUNDS, Settings(device="cpu", cores=cores)).ends
         return (ends[-1] - ends[0]) / (ROUNDS - 1)
 
     return turn
 
 
-def passes(name: str, share: int, bf16: bool) -> Callable[[], float]:
+def passes(share: int, bf16: bool) -> Callable[[], float]:
     """Seconds of the passes of `share` sites."""
     torch.set_num_threads(1)
-    workload, examples = find(name), data(find(name), "cpu")
+    workload = find(WORKLOAD)
+    examples = data(workload, "cpu")
     module = workload.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = trained(module)
 
+    batches = []
+    for site in range(share):
+        inputs, targets = examples.site(site)
+        for rows in torch.split(torch.arange(len(targets)), workload.batch):
+            images = {name: tensor[rows].to(memory_format=torch.channels_last) for name, tensor in inputs.items()}
+            batches.append((images, targets[rows]))
+
     def turn() -> float:
         began = time.perf_counter()
-        for site in range(share):
-            inputs, targets = examples.site(site)
-            for rows in torch.split(torch.arange(len(targets)), workload.batch):
-                batch = {key: _channels_last(tensor[rows]) for key, tensor in inputs.items()}
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    loss = functional.cross_entropy(predict(module, batch), targets[rows])
-                torch.autograd.grad(loss, parameters)
+        for inputs, targets in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = functional.cross_entropy(predict(module, inputs), targets)
+            torch.autograd.grad(loss, parameters)
         return time.perf_counter() - began
 
     return turn
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[], float]], arguments: tuple[object, ...]) -> None:
@@ -95,16 +98,15 @@ def _end(process: BaseProcess) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=["mnist-cnn", "lora-text"], default="mnist-cnn")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    share = -(-find(options.workload).per_round // cores)
+    share = -(-find(WORKLOAD).per_round // cores)
     with ExitStack() as stack:
-        base = Contestant(stack, 1, bare, options.workload, cores)
+        base = Contestant(stack, 1, bare, cores)
         others = {
-            "float32": Contestant(stack, cores, passes, options.workload, share, False),
-            "bf16": Contestant(stack, cores, passes, options.workload, share, True),
+            "float32": Contestant(stack, cores, passes, share, False),
+            "bf16": Contestant(stack, cores, passes, share, True),
         }
         shares: dict[str, list[float]] = {name: [] for name in others}
         for _ in range(options.turns):
@@ -114,7 +116,7 @@ def main() -> None:
     for name, found in shares.items():
         low, high = min(found), max(found)
         print(
-            f"{options.workload}, passes alone in {cores} processes, {name}: {median(found):.2f} of the bare loop",
+            f"{WORKLOAD}, passes alone in {cores} processes, {name}: {median(found):.2f} of the bare loop",
             end=" ",
         )
         print(f"({low:.2f} to {high:.2f})")
