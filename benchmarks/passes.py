@@ -2,10 +2,10 @@
 
     python -m benchmarks.passes
 
-They take turns with the bare loop of `benchmarks/simulation`, in whose units they are told: no simulation that uses
-PyTorch's operations on this many cores can take less. The passes are as many as a round has, of batches that are there
-already; no optimiser, no copy of the model, no mean. Images are channels last. Nothing else should run on the machine
-meanwhile.
+They take turns with the bare loop of `benchmarks/simulation`, in whose units they are told: what trains site by site
+with PyTorch's operations on this many cores hardly takes less. The passes are as many as a round has, of batches that
+are there already; no optimiser, no copy of the model, no mean. Images are channels last. Nothing else should run on the
+machine meanwhile.
 """
 
 import argparse

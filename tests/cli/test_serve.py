@@ -276,6 +276,7 @@ def test_options_that_do_not_go_together_are_refused(fedelta: Fedelta, tmp_path:
         (["join", file, "--at", "127.0.0.1:65536", "--insecure", "--name", "a"], "they are from 1 to 65535"),
         (["join", file, "--at", "127.0.0.1:0", "--insecure", "--name", "a"], "they are from 1 to 65535"),
         (["serve", file, "--insecure", "--min-sites", 3, *out], "--min-sites 3 is more than the 2 sites"),
+        (["serve", file, "--insecure", "--enough", 3, *out], "--enough 3 is more than the 2 sites"),
         (["serve", file, "--insecure", "--sites", "a,,b", *out], "distinct names"),
         (["join", file, "--at", "example.org:1", "--insecure", "--name", "a"], "without TLS"),
         (

@@ -99,8 +99,9 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
     if options["enough"] is not None:
         federation = replace(federation, enough=options["enough"])
     names = loaded_experiment.names() if options["sites"] is None else _named(options["sites"])
-    if (options["min_sites"] or 0) > len(names):
-        raise BadInput(f"--min-sites {options['min_sites']} is more than the {len(names)} sites that may join")
+    for option, number in (("--min-sites", options["min_sites"]), ("--enough", options["enough"])):
+        if (number or 0) > len(names):
+            raise BadInput(f"{option} {number} is more than the {len(names)} sites that may join")
     console = Console(highlight=False)
     coordinator = Coordinator(
         listen=options["listen"],
