@@ -230,13 +230,14 @@ def test_as_json_each_round_is_a_record_and_for_people_it_is_not_told_twice(proc
     assert "is over: 2 of 2" not in processes.said("text")
 
 
-def test_ctrl_c_is_told_once_with_how_to_go_on(processes: Processes) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_it_is_told_once_how_to_go_on(processes: Processes, how: signal.Signals) -> None:
     port = free_port()
     serve = processes("serve", "serve", "experiment.py", "--listen", f"127.0.0.1:{port}", "--insecure", "--out", "run")
     join = processes("join", "join", "experiment.py", "--at", f"127.0.0.1:{port}", "--insecure", "--name", "a")
     processes.until("serve", "site a has joined")
     for log, one in (("join", join), ("serve", serve)):
-        one.send_signal(signal.SIGINT)
+        one.send_signal(how)
         assert one.wait(300) == 130
         assert processes.said(log).lower().count("interrupted") == 1, processes.said(log)
     assert "0 rounds are kept. Continue with:\n  fedelta serve" in processes.said("serve")

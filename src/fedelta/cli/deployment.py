@@ -1,6 +1,7 @@
 """What `serve` and `join` share: whom they trust, what they log, and how they load the experiment."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,11 @@ class _Screen(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+
+def end_in_order() -> None:
+    """Let SIGTERM, with which containers and service managers end a process, do what Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def log_to_stderr(form: str) -> None:

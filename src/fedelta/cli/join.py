@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedelta.algorithms.federation import Federation
 from fedelta.cli import dry_run
-from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
+from fedelta.cli.deployment import deployment_options, end_in_order, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Experiment
 from fedelta.cli.facts import facts, largest_message
 from fedelta.cli.models import kept_by
@@ -64,6 +64,7 @@ def command(experiment: Path, at: str | None, name: str | None, keep: Path | Non
         return
     if at is None:
         raise click.UsageError("Missing option '--at'; or give --dry-run to see what would leave this site.")
+    end_in_order()
     log_to_stderr(options["log"])
     known, credentials = trusted(options["certificates"], options["insecure"], "site")
     own = _own(name, known)

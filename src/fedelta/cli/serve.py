@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from fedelta.cli.coordinator import Coordinator
-from fedelta.cli.deployment import deployment_options, loaded, log_to_stderr, trusted, watch_expiry
+from fedelta.cli.deployment import deployment_options, end_in_order, loaded, log_to_stderr, trusted, watch_expiry
 from fedelta.cli.experiment import Sites
 from fedelta.cli.facts import largest_message
 from fedelta.cli.options import RunSettings
@@ -90,6 +90,7 @@ def command(experiment: Path, out: Path | None, resume: bool, rounds: int | None
 
     Every round is kept before the next one begins: stopped at any moment, the run goes on with --resume.
     """
+    end_in_order()
     log_to_stderr(options["log"])
     _, credentials = trusted(options["certificates"], options["insecure"], "coordinator")
     check_address(options["listen"], credentials)  # before there is a folder
