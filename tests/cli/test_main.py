@@ -1,8 +1,10 @@
 """The command line itself: its help, its exit statuses, and what it loads."""
 
 import logging
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fedelta.cli.main import cli, main
+from fedelta.cli.main import cli, interrupts_kept, main
 from fedelta.core.errors import FedeltaWarning
 
 COMMANDS = ["ca", "combinations", "demo", "finetune", "ledger", "plan", "run", "stats"]
@@ -125,3 +127,20 @@ def test_a_warning_of_ours_is_one_line_and_others_say_where_they_are_from(capsys
     fedelta(capsys, "--help")
     assert warnings.formatwarning("it may be wrong", FedeltaWarning, "part.py", 7) == "fedelta: it may be wrong\n"
     assert warnings.formatwarning("it is old", UserWarning, "part.py", 7, "") == "part.py:7: UserWarning: it is old\n"
+
+
+class Finalized:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)  # here the handler raises, in a finalizer
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost() -> None:
+    def work() -> None:
+        with interrupts_kept():
+            gone = Finalized()
+            del gone
+            time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()

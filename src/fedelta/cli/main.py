@@ -5,8 +5,12 @@ Commands load on first use, so that `fedelta --help` answers without importing P
 """
 
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -58,6 +62,25 @@ def cli(debug: bool) -> None:
     """Federated learning of pre-trained models: the model goes out to the data, and only the delta comes back."""
 
 
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Python drops what is raised while it runs a finalizer: an interrupt is raised anew, so that Ctrl-C counts."""
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            again = threading.main_thread().ident, signal.SIGINT
+            threading.Timer(0.01, signal.pthread_kill, again).start()  # not here, where it would be dropped as well
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -69,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache, at length
     warnings.formatwarning = _warning  # type: ignore[assignment]  # by the names of its arguments
     try:
-        cli.main(arguments, prog_name="fedelta", standalone_mode=False)
+        with interrupts_kept():
+            cli.main(arguments, prog_name="fedelta", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
