@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -117,8 +118,14 @@ class _Screen(logging.StreamHandler[TextIO]):
 
 
 def end_in_order() -> None:
-    """Let SIGTERM, with which containers and service managers end a process, do what Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM, with which containers and service managers end a process, do what Ctrl-C does to this command."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+
+
+def _as_before(logger: logging.Logger, handlers: list[logging.Handler], propagate: bool) -> None:
+    """Several commands may run in a process."""
+    logger.handlers, logger.propagate = handlers, propagate
 
 
 def log_to_stderr(form: str) -> None:
@@ -131,6 +138,7 @@ def log_to_stderr(form: str) -> None:
     logging.captureWarnings(as_json)
     for name in ("fedelta", "opentelemetry", *(["py.warnings"] if as_json else [])):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]  # of one command, where several run in a process
+        click.get_current_context().call_on_close(partial(_as_before, logger, logger.handlers, logger.propagate))
+        logger.handlers = [handler]
         logger.propagate = False
     logging.getLogger("fedelta").setLevel(logging.INFO)
