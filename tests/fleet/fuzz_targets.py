@@ -26,11 +26,12 @@ from fedelta.fleet import signatures
 from fedelta.fleet.admission import Admission
 from fedelta.fleet.known_sites import NoRegister
 from fedelta.fleet.limits import Limits
-from fedelta.fleet.member import Member, Patience, _next, _Stream
+from fedelta.fleet.member import Member, Patience
 from fedelta.fleet.rate import Bucket
 from fedelta.fleet.receipts import Receipts
 from fedelta.fleet.room import Room
 from fedelta.fleet.session import Place, Session, Ticket
+from fedelta.fleet.site_stream import SiteStream, next_frame
 from fedelta.fleet.wire import CHUNK, PROTOCOL, Outgoing, announcement, asking, frame, grpc, replying, versions
 
 MOST = 2**22  # bytes of a message
@@ -135,10 +136,10 @@ async def at_the_coordinator(came: Sequence[bytes]) -> list[Reply]:
 async def at_the_site(came: Sequence[bytes]) -> None:
     """A coordinator's stream, from its welcome on."""
     stream = Stream(came)
-    welcome = await _next(stream)
+    welcome = await next_frame(stream)
     if isinstance(welcome, frames.Welcome):
         signatures.coordinator(welcome.certificate, issued("coordinator").root, "127.0.0.1")
-    await _member()._read(_Stream(stream))
+    await _member()._read(SiteStream(stream))
 
 
 TARGETS: list[Callable[[Sequence[bytes]], Any]] = [at_the_coordinator, at_the_site]

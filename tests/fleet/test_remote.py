@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -608,21 +609,6 @@ def test_a_revoked_certificate_opens_no_streams_of_the_site_that_has_another() -
             assert good.next(frames.Welcome) is not None
 
 
-def test_a_connection_without_a_stream_is_closed() -> None:
-    own, lost = issued("stranger"), threading.Event()
-    credentials = grpc.ssl_channel_credentials(own.root, own.key, own.chain)
-    with (
-        coordinator(Play(), ("amber",), limits=Limits(stall_s=1.0)) as fleet,
-        grpc.secure_channel(f"127.0.0.1:{fleet.port}", credentials) as channel,
-        site(Play(), load, "amber", fleet.port),
-    ):
-        grpc.channel_ready_future(channel).result(20)
-        channel.subscribe(lambda state: lost.set() if state is grpc.ChannelConnectivity.IDLE else None)
-        assert fleet.wait_for(1, 20)
-        assert lost.wait(60)
-        assert fleet.connected() == ("amber",)  # a site that waits to be asked has a stream
-
-
 def test_a_site_that_sends_what_nobody_asked_for_is_told_to_stop_and_then_dropped() -> None:
     program, other = Play(), bytes(32)
     limits = Limits(unasked=Rate(per_minute=0.001, burst=3000))
@@ -763,9 +749,7 @@ def test_without_tls_there_is_only_this_machine(caplog: pytest.LogCaptureFixture
             coordinator(Play(), ("amber",), listen=wrong)
 
 
-def test_a_port_that_is_taken_and_limits_that_are_none_are_refused(tmp_path: Path) -> None:
-    with coordinator(Play(), ("amber",)) as fleet, pytest.raises(BadInput, match="nothing can listen at"):
-        coordinator(Play(), ("amber",), listen=f"127.0.0.1:{fleet.port}")
+def test_limits_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"Limits\.deadline_s must be > 0"):
         Limits(deadline_s=0)
     with pytest.raises(BadInput, match=r"Patience\.connect_s must be > 0"):
@@ -902,6 +886,15 @@ def test_a_site_works_on_what_the_coordinator_has_signed() -> None:
     assert isinstance(heard[1], frames.Reply)
 
 
+def test_a_site_comes_back_ever_less_often_to_who_only_greets() -> None:
+    patience = Patience(first_pause_s=0.001, longest_pause_s=1000.0)
+    ends = frames.Refused(reason="not now")
+    with false_coordinator(OWN, ends) as (port, heard), site(Counting(), load, "amber", port, patience=patience):
+        until(lambda: len(heard) > 6)
+        time.sleep(2)
+        assert len(heard) < 30  # with pauses of up to 1.5 * 0.001 * 2**n seconds
+
+
 def test_a_stored_reply_that_a_power_cut_has_emptied_is_left_out(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
     kept.enter("r")
@@ -913,3 +906,15 @@ def test_a_stored_reply_that_a_power_cut_has_emptied_is_left_out(tmp_path: Path)
     assert list(kept.enter("r")) == [bytes(32)]
     assert not empty.exists()
     kept.close()
+
+
+def test_a_run_in_which_nothing_was_asked_leaves_nothing_at_a_site(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    for place in range(5):
+        kept.enter(f"run {place}")
+    reply = Reply(sender="amber", answers="/1/echo/0/amber", round=1, body=SMALL)
+    kept.store(bytes(32), reply, "")
+    kept.enter("another")
+    kept.close()
+    assert [path.name for path in (tmp_path).rglob("*") if path.is_file()] == [".lock", bytes(32).hex()]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,15 @@ class Kept:
         return self._replies(folder / "replies")
 
     def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """A run in which nothing was asked leaves nothing: a coordinator may think of any number of names."""
+        if self._lock is None:
+            return
+        assert self.folder is not None
+        lock = self.folder / ".lock"
+        if not any(path.is_file() and path != lock for path in self.folder.rglob("*")):
+            shutil.rmtree(self.folder, ignore_errors=True)  # before anybody else can have it
+        os.close(self._lock)
+        self._lock = None
 
     def recall(self, site: Site) -> None:
         """Tell a site that was made for this run what it has worked on in earlier processes, and in this one."""

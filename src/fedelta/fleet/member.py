@@ -10,10 +10,9 @@ on (Site.given), and its replies of the latest round. They survive `kill -9`; `g
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 
 from fedelta.core.digest import digest
 from fedelta.core.errors import BadInput, BadTensors, Refused
-from fedelta.core.messages import PartyId, Reply, Request, Tensors
+from fedelta.core.messages import PartyId, Reply, Request
 from fedelta.core.program import Program
 from fedelta.fleet import certificate_forms as forms
 from fedelta.fleet import frames_pb2 as frames
@@ -32,6 +31,7 @@ from fedelta.fleet.answer import frozen
 from fedelta.fleet.kept import Kept, Stored
 from fedelta.fleet.loop import call, wait, work
 from fedelta.fleet.receipts import Receipts
+from fedelta.fleet.site_stream import SiteStream, next_frame, read_broadcast, why_broken
 from fedelta.fleet.wire import (
     METHOD,
     MOST_KNOWN,
@@ -43,7 +43,6 @@ from fedelta.fleet.wire import (
     digest_of,
     frame,
     grpc,
-    parse,
     replying,
     request_of,
     sendable,
@@ -71,23 +70,6 @@ class Patience:
         for one in fields(self):
             if not getattr(self, one.name) > 0:
                 raise BadInput(f"Patience.{one.name} must be > 0, got {getattr(self, one.name)}")
-
-
-@dataclass(eq=False)
-class _Stream:
-    """One stream, from its welcome to its end."""
-
-    call: Any
-    outbox: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)  # digests of requests whose replies are due
-    begun: Any = None
-    parts: list[Incoming] = field(default_factory=list)  # of the request that comes in: shared and body
-    # Requests whose replies nobody waits for: the latest ones, since a straggler is told of one in each round.
-    dropped: "deque[bytes]" = field(default_factory=lambda: deque(maxlen=MOST_KNOWN))
-
-    def wanted(self, said: bytes) -> None:
-        """Somebody waits for the reply to this request, again."""
-        with suppress(ValueError):
-            self.dropped.remove(said)
 
 
 class Member:
@@ -129,7 +111,7 @@ class Member:
         self._waiting: dict[bytes, Request] = {}  # those that were not begun
         self._pending: set[bytes] = set()  # requests that wait, or are worked on
         self._answers: dict[bytes, Stored] = {}  # of the latest round
-        self._stream: _Stream | None = None
+        self._stream: SiteStream | None = None
         self._stopped = asyncio.Event()
 
     def run(self) -> str | None:
@@ -174,15 +156,16 @@ class Member:
                 over = came.result()
             except (*_BROKEN, asyncio.CancelledError) as error:  # the other side may have cancelled the call
                 details = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                why = _why_broken(clean(details or type(error).__name__))
+                why = why_broken(clean(details or type(error).__name__))
                 broken = {"event": "broken", "site": self._name}
                 log.warning("no connection to %s, and another try in a moment: %s", self._at, why, extra=broken)
                 self._check_certificate()
                 over = None
             if over is not None:
                 return over
-            if self._stream is not None:  # it had been welcomed
-                self._stream, pause = None, self._patience.first_pause_s
+            if self._stream is not None and self._stream.asked:  # a coordinator that only greets may be at fault
+                pause = self._patience.first_pause_s
+            self._stream = None
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause * random.uniform(0.5, 1.5)):
                     await self._stopped.wait()
@@ -213,7 +196,7 @@ class Member:
             )
             async with asyncio.timeout(self._patience.connect_s):
                 await call.write(frame(hello))
-                welcome = await _next(call)
+                welcome = await next_frame(call)
             if isinstance(welcome, frames.Refused):
                 return self._heard(welcome)
             if not isinstance(welcome, frames.Welcome) or welcome.protocol != PROTOCOL:
@@ -223,7 +206,7 @@ class Member:
                 self._coordinator = signatures.coordinator(welcome.certificate, self._credentials.root, host)
             log.info("connected to %s", self._at, extra={"event": "joined", "site": self._name})
             self._enter(welcome.run)
-            self._stream = stream = _Stream(call)
+            self._stream = stream = SiteStream(call)
             writer = asyncio.create_task(self._write(stream))
             try:
                 return await self._read(stream)
@@ -265,7 +248,7 @@ class Member:
         self._work.enter()
         self._entered = run
 
-    async def _write(self, stream: _Stream) -> None:
+    async def _write(self, stream: SiteStream) -> None:
         while True:
             said = await stream.outbox.get()
             stored = self._answers.get(said)
@@ -283,9 +266,9 @@ class Member:
             else:
                 stored.sent = True
 
-    async def _read(self, stream: _Stream) -> str | None:
+    async def _read(self, stream: SiteStream) -> str | None:
         while True:
-            came = await _next(stream.call)
+            came = await next_frame(stream.call)
             if came is None:
                 return None
             if isinstance(came, memoryview):
@@ -311,7 +294,7 @@ class Member:
             if stream.parts and all(part.complete for part in stream.parts):
                 self._complete(stream)
 
-    def _begin(self, stream: _Stream, begun: Any) -> None:
+    def _begin(self, stream: SiteStream, begun: Any) -> None:
         most = self._patience.message
         if begun.to != self._name:
             raise BadTensors(f"a request for {clean(begun.to)!r} came to {self._name!r}")
@@ -322,10 +305,10 @@ class Member:
         heads = begun.shared_head, begun.body_head
         stream.parts = [Incoming(size, head) for size, head in zip(sizes, heads, strict=True)]
 
-    def _complete(self, stream: _Stream) -> None:
+    def _complete(self, stream: SiteStream) -> None:
         begun, (broadcast, own) = stream.begun, stream.parts
         stream.begun, stream.parts = None, []
-        of_shared, shared = _broadcast(broadcast)
+        of_shared, shared = read_broadcast(broadcast)
         request = request_of(begun, shared, *own.read())
         self._check(begun, request, of_shared, own.digest())
         stream.wanted(begun.digest)
@@ -350,7 +333,7 @@ class Member:
             said = signatures.broadcast(run, request.op, request.job, request.round, request.attempt, shared)
             signatures.check(self._coordinator, said, begun.signature)
 
-    def _wanted(self, stream: _Stream, said: bytes) -> None:
+    def _wanted(self, stream: SiteStream, said: bytes) -> None:
         """Send a reply that is here; one that is worked on is sent when it is there."""
         stream.wanted(said)
         if said in self._answers:
@@ -367,39 +350,3 @@ class Member:
         self._answers[said] = stored
         if self._stream is not None:
             self._stream.outbox.put_nowait(said)
-
-
-_latest: tuple[bytes, bytes, Tensors] | None = None
-
-
-def _broadcast(came: Incoming) -> tuple[bytes, Tensors]:
-    """Digest and tensors. Those of few bytes are read once for all sites of this process, which get them together."""
-    global _latest
-    if came.whole and _latest is not None and _latest[0] == came.whole:
-        _, of_shared, shared = _latest
-        if not any(tensor._version for tensor in shared.values()):  # a faulty program may have written there
-            return of_shared, shared
-    of_shared, (shared, _) = came.digest(), came.read()
-    if came.whole:
-        _latest = came.whole, of_shared, shared
-    return of_shared, shared
-
-
-def _why_broken(details: str) -> str:
-    """What gRPC says, and what that means where it is known."""
-    meanings = {
-        "issuer certificate": "the coordinator's certificate is not from the authority in this site's ca.pem",
-        "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate does not hold for this site's ca.pem",
-        "onnection refused": "nobody listens there",
-        "Cancelling all calls": "the coordinator has stopped",
-    }
-    found = next((meaning for said, meaning in meanings.items() if said in details), None)
-    return details if found is None else f"{found} ({details})"
-
-
-async def _next(call: Any) -> Any:
-    """The next frame, or None at the end of the stream."""
-    raw = await call.read()
-    if raw is grpc.aio.EOF:
-        return None
-    return parse(raw)

@@ -10,7 +10,6 @@ in this process: what was not answered when it ends is asked again by whoever re
 
 import asyncio
 import logging
-import socket
 import threading
 import time
 import weakref
@@ -20,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedelta.core.errors import BadInput
 from fedelta.core.messages import PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import Program
 from fedelta.fleet import frames_pb2 as frames
@@ -30,13 +28,13 @@ from fedelta.fleet.admission import Admission, Allowed, is_final
 from fedelta.fleet.answer import check_message, check_spill, checked_names, parts, twice, unknown_site
 from fedelta.fleet.known_sites import NoRegister, Register
 from fedelta.fleet.limits import Limits
+from fedelta.fleet.listening import listening
 from fedelta.fleet.loop import call, loop, wait
 from fedelta.fleet.rate import Bucket
 from fedelta.fleet.receipts import Receipts
 from fedelta.fleet.room import Room
 from fedelta.fleet.session import Place, Session, Ticket
 from fedelta.fleet.wire import (
-    METHOD,
     PROTOCOL,
     Credentials,
     Outgoing,
@@ -44,13 +42,11 @@ from fedelta.fleet.wire import (
     digest_of,
     frame,
     grpc,
-    transport,
 )
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.2  # between two looks at what is due
 _PAUSE_S = 0.005  # between two times that whoever waits is woken, unless all replies are there
-_STREAMS = 4  # of a connection. Not of the server: whoever keeps streams open would keep all others out
 
 
 class Remote:
@@ -219,33 +215,9 @@ class Remote:
     # What follows runs in the event loop.
 
     async def _start(self, listen: str) -> int:
-        options = [
-            *transport(self._limits.keepalive_s),
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_connection_idle_ms", max(1, int(1000 * self._limits.stall_s))),  # a site has a stream, or goes
-        ]
-        if self._credentials is not None:  # without, the sites of a process share a connection
-            options.append(("grpc.max_concurrent_streams", _STREAMS))
-        self._server = grpc.aio.server(options=options)
-        handler = grpc.stream_stream_rpc_method_handler(self._join)
-        service, _, method = METHOD[1:].partition("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        _check_free(listen)
-        try:
-            if self._credentials is None:
-                port = self._server.add_insecure_port(listen)
-            else:
-                own = self._credentials
-                pair = [(own.key, own.chain)]
-                server = grpc.ssl_server_credentials(pair, root_certificates=own.root, require_client_auth=True)
-                port = self._server.add_secure_port(listen, server)
-        except RuntimeError as error:
-            raise BadInput(f"nothing can listen at {listen}: {error}; choose another --listen") from None
-        if port == 0:
-            raise BadInput(f"nothing can listen at {listen}; choose another --listen, or look at the certificates")
-        await self._server.start()
+        self._server, port = await listening(self._join, listen, self._credentials, self._limits, len(self._names))
         self._watcher = asyncio.create_task(self._watch())
-        return int(port)
+        return port
 
     async def _stop(self, over: str | None) -> None:
         self._watcher.cancel()
@@ -386,16 +358,6 @@ class Remote:
             place.fail(head, f"it has not been connected for {limits.absence_s:g} s")
         elif now - head.asked > limits.deadline_s:
             place.fail(head, f"it did not answer within {limits.deadline_s:g} s")
-
-
-def _check_free(listen: str) -> None:
-    """Before gRPC, which writes to standard error where it cannot listen. Raises BadInput."""
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    try:
-        socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise BadInput(f"nothing can listen at {listen}: {error.strerror}; choose another --listen") from None
 
 
 def _of_all(request: Request) -> str:
