@@ -32,6 +32,7 @@ from fedelta.learning.task import Task
 from fedelta.learning.text import encode
 from fedelta.learning.training import Training
 from fedelta.learning.tuning import Full
+from fedelta.privacy.site_level import SiteLevel
 
 PLAN = Plan().plain
 SITES = site_data(3)
@@ -185,6 +186,16 @@ def test_the_mean_of_the_scalars_is_that_of_the_models():
     found = own.parameters(own.step(state, total, 1)).vector
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     assert (found - state.start.vector).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("privacy", [None, SiteLevel(clip=1.0, noise=1.0)])
+def test_under_a_guarantee_for_sites_it_is_not_told_that_training_diverged(privacy):
+    first = next(iter(SITES))
+    wild = Examples.of((SITES[first].inputs["x"] * 1e30, SITES[first].targets))
+    program = Federation(algorithm=algorithm(), rounds=1, privacy=privacy)
+    [(state, report)] = run(program, Local(program, {**SITES, first: wild}.__getitem__, list(SITES)))
+    assert list(report.absent) == ([first] if privacy is None else [])
+    assert program.algorithm.parameters(state.algorithm).vector.isfinite().all()
 
 
 def test_a_round_is_less_than_20_kB_for_a_model_of_any_size():

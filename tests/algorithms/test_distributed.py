@@ -229,6 +229,15 @@ def test_an_update_that_is_not_finite_or_huge_leaves_as_any_other(value):
     assert (sent["difference"] == sent["difference"].round()).all()
 
 
+def test_that_training_diverged_at_a_site_is_not_told():
+    def wild(name: str) -> Examples:
+        return Examples.of((torch.full((10, 6), 1e30), torch.arange(10) % 2)) if name == NAMES[3] else rows(name)
+
+    few = replace(LEARNING, training=replace(LEARNING.training, batch=2))
+    assert learned(federation(algorithm=few, rounds=1), wild)[1].absent == {}
+    assert list(learned(federation(None, algorithm=few, rounds=1), wild)[1].absent) == [NAMES[3]]
+
+
 def test_a_run_goes_on_with_as_many_rounds_as_its_noise_was_made_for():
     program = federation(DistributedDP(clip=0.5, epsilon=3.0), rounds=2)
     state, _ = next(run(program, Local(program, rows, NAMES)))

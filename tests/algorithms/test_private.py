@@ -28,6 +28,7 @@ from fedelta.fleet.workers import Workers
 from fedelta.learning.closed_form import LDA, Ridge
 from fedelta.learning.objectives import Classification
 from fedelta.learning.optimizers import SGD
+from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
 from fedelta.learning.training import Training
 from fedelta.privacy.accounting import epsilon
@@ -335,6 +336,31 @@ def test_another_request_for_the_same_round_is_charged_anew() -> None:
             event=event, unit="example", relation="replace_special", of="site-00", job=own.releases()[-1].job, round=1
         )
     pytest.fail("the site was asked ten times and never refused")
+
+
+def diverging(name: str) -> Examples:
+    """As `site`, but at site-03 the loss overflows in the second step."""
+    if name != "site-03":
+        return site(name)
+    return Examples.of((torch.full((12, 5), 1e30), torch.arange(12) % 3))
+
+
+@pytest.mark.parametrize("cohort", [1, 20])
+@pytest.mark.parametrize("kind", [SiteLevel, LocalDP], ids=lambda kind: kind.__name__)
+def test_that_training_diverged_at_a_site_is_as_private_as_all_else(kind: type[Privacy], cohort: int) -> None:
+    """It counts, as zeros with noise: an absence would be one bit about its rows, of a model that others choose."""
+    algorithm = FedAvg(task=replace(TASK, model=partial(nn.Linear, 5, 3)), training=TRAINING)
+    shared: dict[str, Any] = {"algorithm": algorithm, "rounds": 1, "plan": Plan(cohort=cohort)}
+    hidden: Federation[Any] = Federation(privacy=kind(clip=5.0, noise=1e-6), **shared)  # type: ignore[call-arg]
+    [(state, report)] = run(hidden, Local(hidden, diverging, SITES))
+    assert report.absent == {}
+    plain: Federation[Any] = Federation(**shared)
+    [(mean, report)] = run(plain, Local(plain, diverging, SITES))
+    assert list(report.absent) == ["site-03"]
+    start = plain.init().algorithm.vector
+    expected = (mean.algorithm.vector - start) * 19 / 20
+    assert float(expected.norm()) > 0.1
+    assert torch.allclose(state.algorithm.vector - start, expected, atol=1e-4)
 
 
 def asked(program: Federation[Any], op: str = "train", **changes: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,8 @@ class FedKSeed:
             fill(z, self.seed, chosen)
             slope, sums = walk.slope(at, z, rows[batch])
             steps += 1
+            if not math.isfinite(slope) and incoming.hidden:
+                return scalars.fill_(math.nan), totals | {"steps": float(steps)}
             if not math.isfinite(slope):
                 raise TrainingFailed(diverged(sums["loss"], steps, lr))
             if training.clip is not None:

@@ -20,7 +20,7 @@ from fedelta.learning.flat import FlatModel
 from fedelta.learning.joined import joined
 from fedelta.learning.plan import Plan
 from fedelta.learning.task import Task
-from fedelta.learning.training import Penalty, Training, proximal_term, train
+from fedelta.learning.training import Penalty, Training, descend, proximal_term, train
 
 S = TypeVar("S")
 
@@ -36,6 +36,7 @@ class Incoming:
     local_seed: int  # of this site in this round: decides its shuffling and dropout
     plan: Plan
     private: tuple[PrivateSteps, Noise] | None = None  # how to train where examples are protected
+    hidden: bool = False  # whether nobody may know that training diverged: what is not finite leaves as zeros, noised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,7 @@ class IncomingMany:
     seed: int
     local_seeds: Sequence[int]
     plan: Plan
+    hidden: bool = False  # as of one site
 
 
 class Algorithm(Protocol[S]):
@@ -181,7 +183,7 @@ def trained(
             noise=noise,
             penalty=penalty,
         )
-    return train(
+    return (descend if incoming.hidden else train)(
         model,
         rows,
         task.objective,
@@ -220,6 +222,9 @@ def delta_many(
             sums=trained.sums,
             magnitude=None if trained.failed else trained.magnitude,
         )
+        if incoming.hidden:
+            parts.append(updates)
+            continue
         failed |= {updates.senders[row]: reason for row, reason in trained.failed.items()}
         parts.append(updates.without(trained.failed))
     return Updates.cat(parts, layout), failed

@@ -81,6 +81,7 @@ class AtSite:
             seed=self.seed,
             local_seeds=derive_each((self.seed, requests.round), requests.to, ("local",)),
             plan=self.plan,
+            hidden=self._hidden,
         )
         updates, errors = self.algorithm.local_many(incoming, sites)
         rule = self._summing
@@ -111,7 +112,13 @@ class AtSite:
             seed=self.seed,
             local_seed=derive(self.seed, request.round, request.to, "local"),
             plan=self.plan,
+            hidden=self._hidden,
         )
+
+    @property
+    def _hidden(self) -> bool:
+        """Where noise is added to each step, a weight that is not finite came of the noised ones."""
+        return self.guard is not None and self.guard.privacy.unit == "site"
 
     def model(self, request: Request, site: Site) -> nn.Module:
         """A new module, on the CPU, with the weights that a site ends with."""
@@ -167,6 +174,10 @@ class AtSite:
         for stage in self.stages:
             update = stage.on_site(update, site)
         if self.guard is not None:
+            if self._hidden and not torch.isfinite(update.values.vector).all():
+                _LOG.warning(
+                    "%s: its training diverged, and zeros count in its place; lower the learning rate", site.id
+                )
             update = self.guard.leaving(update, site, told, round)
         return self.encoding.encode(update)
 

@@ -64,6 +64,26 @@ def train(
     `plan` is the one for which `model` was made. `seed` decides shuffling and dropout. `penalty` is called in every
     step, before the gradient is clipped. Raises TrainingFailed if the loss or a weight is no longer finite.
     """
+    sums = descend(model, examples, objective, training, plan, round=round, seed=seed, penalty=penalty)
+    low, high = torch.aminmax(model.weights.detach())  # NaN if one is; one pass, where isfinite takes five
+    if not all(map(math.isfinite, (sums["loss"], low.item(), high.item()))):
+        lr = training.optimizer.lr * training.schedule.factor(round)
+        raise TrainingFailed(diverged(sums["loss"], int(sums["steps"]), lr))
+    return sums
+
+
+def descend(
+    model: FlatModel,
+    examples: Examples,
+    objective: Objective,
+    training: Training,
+    plan: Plan = PLAIN,
+    *,
+    round: int,
+    seed: int,
+    penalty: Penalty | None = None,
+) -> dict[str, float]:
+    """As `train`, whatever comes of it: loss and weights need not be finite."""
     _check_batches(model, examples, training)
     lr = training.optimizer.lr * training.schedule.factor(round)
     weights = model.weights.detach()
@@ -81,11 +101,7 @@ def train(
             step([weights], [model.gradient], lr)
             _add(totals, measured)
             steps += 1
-    sums = {name: float(value) for name, value in totals.items()}
-    low, high = torch.aminmax(weights)  # NaN if one is; one pass, where isfinite takes five
-    if not all(map(math.isfinite, (sums["loss"], low.item(), high.item()))):
-        raise TrainingFailed(diverged(sums["loss"], steps, lr))
-    return sums | {"steps": float(steps)}
+    return {name: float(value) for name, value in totals.items()} | {"steps": float(steps)}
 
 
 def proximal_term(model: FlatModel, strength: float) -> Penalty | None:
