@@ -121,6 +121,16 @@ def test_the_command_shows_the_same_as_a_table(fedelta: Fedelta, monkeypatch: py
     assert all([f"{number}. {sentence}"] in printed for sentence, number in matrix().numbers.items())
 
 
+def test_a_narrow_terminal_has_a_table_for_each_collect(fedelta: Fedelta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = fedelta("combinations")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
+    [fedavg, *_] = matrix().parts[0][1]
+    for place in range(3):
+        assert ["FedAvg", *(matrix().shown(cell, slice(place, place + 1)) for cell in fedavg)] in lines
+    assert "…" not in printed.replace("public=…", "")
+
+
 @pytest.mark.parametrize("part", parts(), ids=lambda part: part.title)
 def test_names_are_told_apart(part: Part) -> None:
     assert len({row.name for row in part.rows}) == len(part.rows)

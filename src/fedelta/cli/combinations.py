@@ -64,6 +64,7 @@ INPUTS, CLASSES, TOKENS = 4, 2, 12
 # whole weights of this tiny model, which HetLoRA sends, are larger than the bound of an encrypted difference
 COLLECTS: tuple[Collect, ...] = (Clear(), SecureAggregation(), HomomorphicEncryption(bound=64.0))
 YES, NOT_APPLICABLE = "✓", "–"
+_WIDE = 140  # characters of a terminal in which all of COLLECTS have their place in a cell
 _TRAINING = Training(optimizer=SGD(lr=0.1), batch=4)
 
 Build = Callable[[], Algorithm[Any]]
@@ -115,8 +116,8 @@ class Matrix:
                 if refusal is not None:
                     self.numbers.setdefault(refusal, len(self.numbers) + 1)
 
-    def shown(self, cell: Cell) -> str:
-        found = [YES if refusal is None else str(self.numbers[refusal]) for refusal in cell.refusals]
+    def shown(self, cell: Cell, collects: slice = slice(None)) -> str:
+        found = [YES if refusal is None else str(self.numbers[refusal]) for refusal in cell.refusals[collects]]
         return " / ".join(found) if len(found) else NOT_APPLICABLE
 
 
@@ -334,16 +335,18 @@ def markdown(found: Matrix) -> str:
 
 def _show(found: Matrix, console: Console) -> None:
     console.print(_MEANING, markup=False)
+    one_by_one = {f"With {type(collect).__name__}():": slice(at, at + 1) for at, collect in enumerate(COLLECTS)}
     for part, lines in found.parts:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        table.add_column(part.title, overflow="fold")
-        for protection in PROTECTIONS:
-            words = re.sub(r"(?<=[a-z])(?=[A-Z])|, ", "\n", protection.name.removesuffix("()"))
-            table.add_column(words, no_wrap=True)  # narrow: all of them fit a terminal of 80 columns
-        for row, own in zip(part.rows, lines, strict=True):
-            table.add_row(escape(row.name), *(found.shown(cell) for cell in own))
-        console.print()
-        console.print(table)
+        for heading, chosen in one_by_one.items() if console.width < _WIDE else [("", slice(None))]:
+            table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+            table.add_column(part.title, overflow="fold")
+            for protection in PROTECTIONS:
+                words = re.sub(r"(?<=[a-z])(?=[A-Z])|, ", "\n", protection.name.removesuffix("()"))
+                table.add_column(words, no_wrap=True)
+            for row, own in zip(part.rows, lines, strict=True):
+                table.add_row(escape(row.name), *(found.shown(cell, chosen) for cell in own))
+            console.print(f"\n{heading}" if heading else "")
+            console.print(table)
     console.print()
     for sentence, number in found.numbers.items():
         console.print(f"{number:3}. {sentence}", markup=False, soft_wrap=not console.is_terminal)
