@@ -1,8 +1,11 @@
+import argparse
 import ast
 import collections
 import functools
+import gc
 import operator
 import textwrap
+import threading
 import types
 
 import pytest
@@ -176,3 +179,34 @@ def test_the_digest_of_the_own_source_changes_with_names_and_contents(tmp_path, 
     (tmp_path / "other.txt").write_text("no source")
     assert own_digest() == found[-1]
     assert len(set(found)) == 3
+
+
+class Interrupting:
+    """Garbage whose finalizer lets another thread parse something, less deep in its stack."""
+
+    def __init__(self, ran):
+        self.itself, self.ran = self, ran
+
+    def __del__(self):
+        other = threading.Thread(target=ast.parse, args=("a = 1",))
+        other.start()
+        other.join()
+        self.ran.append("parsed")
+
+
+def deep(calls, function):
+    return deep(calls - 1, function) if calls else function()
+
+
+def test_another_thread_may_parse_meanwhile():
+    """It makes CPython 3.11 fail with a SystemError: one count of the depth is for all threads."""
+    ran = []
+    gc.collect()
+    before = gc.get_threshold()
+    gc.set_threshold(2000)
+    try:
+        Interrupting(ran)
+        assert deep(100, lambda: Sources().of_class(argparse.ArgumentParser))
+    finally:
+        gc.set_threshold(*before)
+    assert ran == ["parsed"]

@@ -63,11 +63,21 @@ class Sources:
         if filename not in self._trees:
             linecache.checkcache(filename)
             text = "".join(linecache.getlines(filename))
-            try:
-                self._trees[filename] = ast.parse(text)
-            except SyntaxError:
-                raise _no_source("a part of the experiment", filename) from None
+            self._trees[filename] = _parsed(text, filename)
         return self._trees[filename]
+
+
+def _parsed(text: str, filename: str, tries: int = 5) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        raise _no_source("a part of the experiment", filename) from None
+    except SystemError:
+        # CPython 3.11 has one count of the depth for all threads, and another one has parsed meanwhile: it
+        # prints a traceback, say.
+        if not tries:
+            raise
+        return _parsed(text, filename, tries - 1)
 
 
 def is_installed(value: type | types.FunctionType | types.ModuleType) -> bool:
