@@ -459,6 +459,38 @@ def test_the_closed_form_start_is_a_release_that_counts(privacy: Privacy, count:
     assert 3.9 <= spent <= 4.0
 
 
+@pytest.mark.parametrize("privacy", [SiteLevel(clip=0.5, noise=1.0), ExampleLevel(clip=1.0, noise=1.0)], ids=str)
+def test_a_row_that_is_not_finite_does_not_show_in_the_start(privacy: Privacy) -> None:
+    def odd(name: str) -> Examples:
+        rows = site(name)
+        return rows if name != "site-03" else Examples.of((rows.inputs["x"] * torch.tensor(math.nan), rows.targets))
+
+    program = federation(privacy, rounds=0, start=Ridge())
+    ((_, report),) = ran(program, odd)
+    assert report.absent == {}
+
+
+@pytest.mark.parametrize("privacy", [SiteLevel(clip=0.5, noise=1.0), ExampleLevel(clip=1.0, noise=1.0)], ids=str)
+def test_whoever_chooses_the_weights_of_the_start_does_not_choose_who_answers(privacy: Privacy) -> None:
+    """Features that are nothing but rounding are others in a batch, of some rows: a site must not fail by its rows."""
+
+    def deep() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    algorithm = FedAvg(task=replace(TASK, model=deep), training=TRAINING)
+    program: Federation[Any] = Federation(algorithm=algorithm, rounds=1, privacy=privacy, start=Ridge())
+    chosen = program.algorithm.parameters(program.init().algorithm)
+    chosen["0.weight"].copy_(torch.tensor([1.54, -0.29, -2.18, 0.57, -1.08]).expand(6, 5))
+    chosen["2.weight"].copy_(1e9 * torch.tensor([1.1, -1.7, 1.3, -1.1, 1.7, -1.3]).expand(4, 6))
+    for bias in ("0.bias", "2.bias"):
+        chosen[bias].zero_()
+    shared = {"parameters": chosen.vector, **program._told(program.begun(program.init(), SITES))}
+    for name in SITES:
+        given = Site(id=name, data=partial(SiteData, train=site(name)))
+        body = program.handle(Request(to=name, op="statistics", round=0, shared=shared), given).body
+        assert body["value"].isfinite().all()
+
+
 def test_a_start_alone_may_spend_it_all() -> None:
     program = federation(SiteLevel(clip=0.5, epsilon=4.0), start=Ridge(), rounds=0)
     ran(program)
