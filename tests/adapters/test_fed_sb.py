@@ -12,9 +12,9 @@ from fedelta.algorithms.algorithm import Incoming
 from fedelta.algorithms.federation import Federation
 from fedelta.algorithms.sampling import All, Fixed
 from fedelta.core import codec
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, TrainingFailed
 from fedelta.core.examples import Examples
-from fedelta.core.messages import Update
+from fedelta.core.messages import Request, Update
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Site, SiteData, run
 from fedelta.core.seeds import derive
@@ -30,6 +30,7 @@ from fedelta.learning.saving import save
 from fedelta.learning.task import Task
 from fedelta.learning.text import encode
 from fedelta.learning.training import Training
+from fedelta.privacy.example_level import ExampleLevel
 
 PLAN = Plan().plain
 LAYERS, HEAD = ("0", "2"), "4"
@@ -299,6 +300,20 @@ def test_the_mean_of_r_is_that_of_the_products(weights, rank, seed):
     mean = Mean()(iter(updates), len(updates)).values["r"].double()
     exact = sum(w / sum(weights) * b @ r.double() @ a for r, w in zip(matrices, weights, strict=True))
     torch.testing.assert_close(b @ mean @ a, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_with_public_examples_a_site_gives_nobody_a_gradient_without_noise(caplog):
+    """A coordinator that keeps the factors back would get it in the place of steps of DP-SGD."""
+    algorithm = FedSB(task=task(lambda: small(4)), training=Training(optimizer=SGD(lr=0.1), batch=4), public=rows(9, 5))
+    program = federation(algorithm, privacy=ExampleLevel(clip=1.0, noise=1.0))
+    shared, own = program.broadcast(program.begun(program.init(), list(SITES)), list(SITES))
+    site = Site(id="a", data=lambda: SiteData(train=SITES["a"]))
+    body = program.handle(Request(to="a", op="train", round=1, shared=shared, body=own["a"]), site).body
+    assert body["difference"].shape == shared["learned"].shape
+    learned = shared["learned"][: len(shared["learned"]) - sum(RANK * RANK for _ in LAYERS)]
+    with pytest.raises(TrainingFailed):
+        program.handle(Request(to="a", op="train", round=1, shared={**shared, "learned": learned}), site)
+    assert "lacks the factors" in caplog.text
 
 
 def test_public_examples_give_the_factors_of_round_1():

@@ -23,6 +23,7 @@ from fedelta.core.messages import Request, Requests
 from fedelta.core.program import Report, Site, SiteData, run
 from fedelta.core.release import Budget, Limit, Release
 from fedelta.core.snapshot import load, save
+from fedelta.fleet.answer import answer
 from fedelta.fleet.local import Local
 from fedelta.fleet.workers import Workers
 from fedelta.learning.closed_form import LDA, Ridge
@@ -338,6 +339,17 @@ def test_another_request_for_the_same_round_is_charged_anew() -> None:
     pytest.fail("the site was asked ten times and never refused")
 
 
+def test_that_noised_training_diverged_is_a_release_and_counts_as_one() -> None:
+    """Or a coordinator could ask for it as often as it likes."""
+    own = MemoryLedger(Limit(budget=Budget(epsilon=20.0, delta=1e-5), unit="example"))
+    algorithm = FedAvg(task=TASK, training=replace(TRAINING, optimizer=SGD(lr=3e38)))
+    program: Federation[Any] = Federation(algorithm=algorithm, rounds=1, privacy=ExampleLevel(clip=9.0, noise=1.0))
+    with pytest.raises(TooFewSites):
+        ran(program, lambda name: SiteData(train=site(name), ledger=own if name == "site-03" else None))
+    assert [release.of for release in program.ledger.releases()] == SITES
+    assert [release.of for release in own.releases()] == ["site-03"]
+
+
 def diverging(name: str) -> Examples:
     """As `site`, but at site-03 the loss overflows in the second step."""
     if name != "site-03":
@@ -361,6 +373,29 @@ def test_that_training_diverged_at_a_site_is_as_private_as_all_else(kind: type[P
     expected = (mean.algorithm.vector - start) * 19 / 20
     assert float(expected.norm()) > 0.1
     assert torch.allclose(state.algorithm.vector - start, expected, atol=1e-4)
+
+
+class Greedy(nn.Module):
+    """Asks for as much memory as it has rows, and much more than there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x) + torch.empty(2**50 * len(x)).sum()
+        return out
+
+
+@pytest.mark.parametrize("model", [Greedy, module], ids=["greedy", "no rows"])
+def test_why_a_site_cannot_work_is_not_told_to_the_coordinator_either(model: type[nn.Module]) -> None:
+    algorithm = FedAvg(task=replace(TASK, model=model), training=TRAINING)
+    program: Federation[Any] = Federation(algorithm=algorithm, rounds=1, privacy=LocalDP(clip=0.5, noise=1.0))
+    shared, _ = program.broadcast(program.begun(program.init(), SITES), SITES)
+    rows = site("site-00") if model is Greedy else site("site-00")[:0]
+    here = Site(id="site-00", data=lambda: SiteData(train=rows))
+    reply = answer(program, Request(to="site-00", op="train", round=1, shared=shared), here)
+    assert reply.error == "it could not do its work; why is in its own log, as it may tell of its rows"
 
 
 def asked(program: Federation[Any], op: str = "train", **changes: torch.Tensor) -> torch.Tensor:
@@ -457,6 +492,38 @@ def test_the_closed_form_start_is_a_release_that_counts(privacy: Privacy, count:
     assert set(given[0][1].releases[0].event) == {"gaussian"}
     spent = epsilon(program.ledger.releases(), delta=1e-5, accountant=privacy.accountant, unit=privacy.unit)
     assert 3.9 <= spent <= 4.0
+
+
+@pytest.mark.parametrize("privacy", [SiteLevel(clip=0.5, noise=1.0), ExampleLevel(clip=1.0, noise=1.0)], ids=str)
+def test_a_row_that_is_not_finite_does_not_show_in_the_start(privacy: Privacy) -> None:
+    def odd(name: str) -> Examples:
+        rows = site(name)
+        return rows if name != "site-03" else Examples.of((rows.inputs["x"] * torch.tensor(math.nan), rows.targets))
+
+    program = federation(privacy, rounds=0, start=Ridge())
+    ((_, report),) = ran(program, odd)
+    assert report.absent == {}
+
+
+@pytest.mark.parametrize("privacy", [SiteLevel(clip=0.5, noise=1.0), ExampleLevel(clip=1.0, noise=1.0)], ids=str)
+def test_whoever_chooses_the_weights_of_the_start_does_not_choose_who_answers(privacy: Privacy) -> None:
+    """Features that are nothing but rounding are others in a batch, of some rows: a site must not fail by its rows."""
+
+    def deep() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    algorithm = FedAvg(task=replace(TASK, model=deep), training=TRAINING)
+    program: Federation[Any] = Federation(algorithm=algorithm, rounds=1, privacy=privacy, start=Ridge())
+    chosen = program.algorithm.parameters(program.init().algorithm)
+    chosen["0.weight"].copy_(torch.tensor([1.54, -0.29, -2.18, 0.57, -1.08]).expand(6, 5))
+    chosen["2.weight"].copy_(1e9 * torch.tensor([1.1, -1.7, 1.3, -1.1, 1.7, -1.3]).expand(4, 6))
+    for bias in ("0.bias", "2.bias"):
+        chosen[bias].zero_()
+    shared = {"parameters": chosen.vector, **program._told(program.begun(program.init(), SITES))}
+    for name in SITES:
+        given = Site(id=name, data=partial(SiteData, train=site(name)))
+        body = program.handle(Request(to=name, op="statistics", round=0, shared=shared), given).body
+        assert body["value"].isfinite().all()
 
 
 def test_a_start_alone_may_spend_it_all() -> None:

@@ -102,6 +102,21 @@ class TestGhost:
                 net = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * out, 3))
                 check_ghost(net, torch.randn(3, channels, size, size, dtype=torch.float64), 3)
 
+    @pytest.mark.parametrize("tokens", [1, 4])
+    def test_what_is_too_small_for_a_float_hides_no_norm(self, tokens: int) -> None:
+        """The square of such a gradient is 0, and an input that is large enough makes something of it all the same."""
+        layer = nn.Linear(64, 300, bias=False)
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        x, clip = torch.full((2, tokens, 64), 1e16), 1e-6
+
+        def losses() -> Tensor:
+            out: Tensor = layer(x)
+            return (out * 1e-23).sum((1, 2))
+
+        Ghost(layer, {"weight": layer.weight}).add(losses, 2, lambda norms: (clip / norms).clamp(max=1.0))
+        assert 2e-23 * tokens * 1e16 * (64 * 300) ** 0.5 > 20 * clip
+        assert float(layer.weight.grad.double().norm()) <= 2 * clip * (1 + 1e-3)
+
     def test_rows_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ghost, "_PAIRS", 2 * 9 * 9)
         monkeypatch.setattr(ghost, "_PATCHES", 1000)

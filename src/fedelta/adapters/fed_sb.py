@@ -37,7 +37,7 @@ from fedelta.aggregation.factors import half, pairs
 from fedelta.aggregation.mean import Mean
 from fedelta.aggregation.rule import Rule
 from fedelta.algorithms.algorithm import Incoming, IncomingMany, moved, trained
-from fedelta.core.errors import BadInput
+from fedelta.core.errors import BadInput, BadTensors
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Kind, PartyId, Tensors, Update, Updates
 from fedelta.core.parameters import Layout, Parameters, trainable
@@ -117,6 +117,8 @@ class FedSB:
     def local(self, incoming: Incoming, site: Site) -> Update:
         data = site.data().train
         fixed = _fixed_of(incoming, site)
+        if fixed is None and self.public is not None:  # nobody may ask for what `by_gradient` says does not leave
+            raise BadTensors("the request lacks the factors, which are those of public examples in every round")
         if fixed is None:
             values, sums = self._gradient(incoming, data)
         else:

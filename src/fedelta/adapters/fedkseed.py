@@ -145,7 +145,7 @@ class FedKSeed:
 
     def _weights(self, incoming: Incoming, site: Site) -> Parameters:
         """The model that was broadcast. Not to be written into."""
-        start, head = _built(self.task, incoming.seed), _head_of(incoming, site)
+        start, head = self.task.initial(incoming.seed), _head_of(incoming, site)
         if any(not torch.equal(values, start[name]) for name, values in head.items()):
             start = start.like(start.vector.clone())
             for name, values in head.items():
@@ -280,14 +280,4 @@ def _head_of(incoming: Incoming, site: Site) -> dict[str, Tensor]:
     return came or dict(site.memory.at(incoming.base))
 
 
-def _built(task: Task, seed: int) -> Parameters:
-    """What is trained of a new model. The last one is kept in this process for each task."""
-    known = _first.get(task)
-    if known is None or known[0] != seed:
-        known = seed, Parameters.of(task.build(seed))
-        _first[task] = known
-    return known[1]
-
-
 _last: WeakKeyDictionary[Task, _Rebuilt] = WeakKeyDictionary()
-_first: WeakKeyDictionary[Task, tuple[int, Parameters]] = WeakKeyDictionary()

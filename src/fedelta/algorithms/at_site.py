@@ -7,8 +7,8 @@ handed to the collect.
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,12 +22,13 @@ from fedelta.algorithms.algorithm import Algorithm, Incoming, IncomingMany
 from fedelta.algorithms.evaluation import NO_VALUES
 from fedelta.algorithms.parts import Collect, Encoding, Stage
 from fedelta.algorithms.private import Guard
-from fedelta.core.errors import BadInput, BadTensors, FedeltaError, TrainingFailed
+from fedelta.core.errors import BadInput, BadTensors, FedeltaError
 from fedelta.core.grid import Terms
 from fedelta.core.messages import Replies, Reply, Request, Requests, Tensors, Update
 from fedelta.core.parameters import Layout, Parameters, trainable, travelling_buffers
 from fedelta.core.program import HAND_OVER, Sight, Site
 from fedelta.core.seeds import derive, derive_each
+from fedelta.core.withheld import withheld
 from fedelta.learning.plan import Plan
 from fedelta.learning.training import evaluate
 
@@ -117,7 +118,7 @@ class AtSite:
 
     @property
     def _hidden(self) -> bool:
-        """Where noise is added to each step, a weight that is not finite came of the noised ones."""
+        """Where noise is added to each step, a weight that is not finite came of noised ones, and leaves as it is."""
         return self.guard is not None and self.guard.privacy.unit == "site"
 
     def model(self, request: Request, site: Site) -> nn.Module:
@@ -146,7 +147,8 @@ class AtSite:
         incoming = self.incoming(request)
         if self.guard is not None:
             with self._withheld(site):
-                site.data()
+                if not len(site.data().train):
+                    raise BadInput("this site has no training examples")
             private = self.guard.training_at(site, request.shared, request.round)
             # what dropout hides of a row depends on the others of its batch, which nobody else may know
             secret = self.guard.entropy == "system" and private is not None
@@ -174,10 +176,9 @@ class AtSite:
         for stage in self.stages:
             update = stage.on_site(update, site)
         if self.guard is not None:
-            if self._hidden and not torch.isfinite(update.values.vector).all():
-                _LOG.warning(
-                    "%s: its training diverged, and zeros count in its place; lower the learning rate", site.id
-                )
+            if not torch.isfinite(update.values.vector).all():
+                counts = "zeros count in its place" if self._hidden else "nothing of it counts"
+                _LOG.warning("%s: its training diverged, and %s; lower the learning rate", site.id, counts)
             update = self.guard.leaving(update, site, told, round)
         return self.encoding.encode(update)
 
@@ -192,18 +193,10 @@ class AtSite:
                 sums = evaluate(model, rows, self.algorithm.task.objective, self.plan)
         return Update(values=Parameters.zeros(NO_VALUES), sums=sums).to_tensors()
 
-    @contextmanager
-    def _withheld(self, site: Site) -> Iterator[None]:
-        """Why this site's work fails may tell of its rows: where those are hidden, that stays in the site's own log."""
-        try:
-            yield
-        except (FedeltaError, OSError) as error:
-            if self.guard is None and self.collect.shows is Sight.EACH:
-                raise
-            _LOG.warning("%s: %s", site.id, error)
-            raise TrainingFailed(
-                "it could not do its work; why is in its own log, as it may tell of its rows"
-            ) from None
+    def _withheld(self, site: Site) -> AbstractContextManager[None]:
+        hidden = self.guard is not None or self.collect.shows is Sight.SUM
+        told = "it could not do its work; why is in its own log, as it may tell of its rows"
+        return withheld(site.id, hidden, told)
 
 
 class _Sent(dict[str, Tensor]):

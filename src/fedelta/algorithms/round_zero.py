@@ -22,7 +22,7 @@ from fedelta.core.noise import Noise
 from fedelta.core.parameters import Layout, Parameters
 from fedelta.core.program import Site
 from fedelta.learning.closed_form import ClosedForm, Ridge, moments, moments_layout
-from fedelta.learning.features import NoFeatures, feature_shape, features, head_layer
+from fedelta.learning.features import NoFeatures, check_features, feature_shape, features, head_layer
 from fedelta.learning.objectives import Classification
 from fedelta.learning.plan import Plan
 from fedelta.learning.private_moments import PrivateMoments, private_layout
@@ -92,11 +92,14 @@ def statistics(
     if not len(data):
         raise BadInput("this site has no training examples")
     model, rows = task.flat_on(data, seed, plan)
-    model.load(Parameters(model.layout, parameters))
     name = head_layer(model.module, classes(task))
     found = torch.empty(len(data), _linear(model.module, name).in_features)
     try:
-        features(model.module, [name], rows, plan, found)
+        if private is not None:  # with its own weights: others could be chosen so that some rows pass and some do not
+            model.load(Parameters(model.layout, task.initial(seed).vector))
+            check_features(model.module, [name], rows, plan)
+        model.load(Parameters(model.layout, parameters))
+        features(model.module, [name], rows, plan, found, checked=private is None)
     except NoFeatures as error:
         raise BadInput(f"{error}, so that its head cannot be solved in closed form; leave `start` out") from error
     if private is not None:

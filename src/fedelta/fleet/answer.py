@@ -11,17 +11,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from fedelta.core.errors import BadInput, FedeltaError
 from fedelta.core.memory import Memory
 from fedelta.core.messages import Meta, PartyId, Replies, Reply, Request, Requests, Tensors
 from fedelta.core.program import FrozenProgram, ManyProgram, Program, Site, SiteData
+from fedelta.core.withheld import NO_CPU_MEMORY, out_of_memory
 from fedelta.fleet.blocks import check_dense
 
 _ABSENT = (FedeltaError, OSError, MemoryError, RuntimeError)  # of the last one, only a lack of memory
-_NO_CPU_MEMORY = "DefaultCPUAllocator: "  # PyTorch has no class for it; its message does not change with the language
 
 
 def answer(program: Program[Any], request: Request, site: Site) -> Reply:
@@ -81,13 +80,12 @@ def _why_absent(error: Exception) -> str:
     """One sentence about what a user can mend; anything else is raised again."""
     if isinstance(error, FedeltaError):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory ({error})" if str(error) else "out of memory"
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
-    if _NO_CPU_MEMORY not in str(error):
+    if not out_of_memory(error):
         raise error
-    return f"out of memory ({str(error).partition(_NO_CPU_MEMORY)[2].splitlines()[0]})"
+    said = str(error).rpartition(NO_CPU_MEMORY)[2].splitlines()
+    return f"out of memory ({said[0]})" if said else "out of memory"
 
 
 def check_message(tensors: Tensors, meta: Meta | None = None) -> None:

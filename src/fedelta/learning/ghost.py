@@ -281,8 +281,9 @@ def _product(x: Tensor, gradient: Tensor, weight: Tensor) -> _Kept:
     tokens, d = x.shape[1:]
     if tokens > 1 and _cheap(tokens, d, gradient.shape[2]):
         return _each(torch.bmm(gradient.transpose(1, 2), x), weight)
-    if tokens == 1:
-        norms = torch.linalg.vector_norm(x, dim=(1, 2)) * torch.linalg.vector_norm(gradient, dim=(1, 2))
+    if tokens == 1:  # in float64, as one norm may be so small that its square is 0, and the other large
+        lengths = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64) for part in (x, gradient)]
+        norms = (lengths[0] * lengths[1]).to(x.dtype)
     else:
         norms = _gram_norms(x, gradient)
 
@@ -312,8 +313,8 @@ def _cheap(tokens: int, d: int, p: int) -> bool:
 def _gram_norms(x: Tensor, gradient: Tensor) -> Tensor:
     """The norms of gradient^T x for each row; with integer x [n, tokens, 1], those of a sum by x instead.
 
-    Rounding can hide a norm that is small beside what cancels in it. Its size is added, so that no example gets more
-    weight than it may have.
+    Rounding can hide a norm that is small beside what cancels in it, and products that are too small for a float are 0.
+    What both may amount to is added, so that no example gets more weight than it may have.
     """
     squares = []
     size = max(1, _PAIRS // max(1, x.shape[1] ** 2))
@@ -321,7 +322,9 @@ def _gram_norms(x: Tensor, gradient: Tensor) -> Tensor:
         pairs = torch.bmm(outer, outer.transpose(1, 2))
         alike = some @ some.transpose(1, 2) if x.is_floating_point() else (some == some.transpose(1, 2)).to(pairs)
         most = [part.diagonal(dim1=1, dim2=2).sum(1) for part in (pairs, alike)]
-        rounding = torch.finfo(pairs.dtype).eps * most[0] * most[1]
+        finfo, tokens = torch.finfo(pairs.dtype), x.shape[1]
+        lost = finfo.tiny * tokens * (outer.shape[2] * most[1] + x.shape[2] * most[0] + tokens)
+        rounding = finfo.eps * most[0] * most[1] + lost
         squares.append(pairs.mul_(alike).sum((1, 2)).clamp_(min=0.0).add_(rounding))
     return torch.cat(squares).sqrt_()
 

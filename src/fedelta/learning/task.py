@@ -12,6 +12,7 @@ from torch import nn
 
 from fedelta.core.errors import BadInput
 from fedelta.core.examples import Examples
+from fedelta.core.parameters import Parameters
 from fedelta.core.seeds import seeded
 from fedelta.learning.cohort import CohortModel
 from fedelta.learning.cut import Cut
@@ -41,6 +42,13 @@ class Task:
         """A new module, its random weights drawn for `seed`."""
         with seeded(seed, "model"):
             return self.model()
+
+    def initial(self, seed: int) -> Parameters:
+        """What is trained of a new module. Not to be written into; the last one is kept in this process."""
+        known = _initial.get(self)
+        if known is None or known[0] != seed:
+            known = _initial[self] = (seed, Parameters.of(self.build(seed)))
+        return known[1]
 
     def flat(self, seed: int, plan: Plan) -> FlatModel:
         """This process's working copy of the model: built once, and overwritten by whoever loads into it."""
@@ -143,6 +151,7 @@ def _bare(module: nn.Module) -> nn.Module:
     return module
 
 
+_initial: WeakKeyDictionary[Task, tuple[int, Parameters]] = WeakKeyDictionary()
 _working_copies: WeakKeyDictionary[Task, dict[tuple[int, str, bool], FlatModel]] = WeakKeyDictionary()
 _cohort_models: WeakKeyDictionary[Task, dict[tuple[int, str], CohortModel]] = WeakKeyDictionary()
 _checked: WeakKeyDictionary[Task, WeakKeyDictionary[Examples, str]] = WeakKeyDictionary()

@@ -20,10 +20,8 @@ it; and who asks twice, before and after a site or a row came, learns the differ
 rows have end the run, with what was known before; others are believed.
 """
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -37,10 +35,8 @@ from fedelta.core.errors import (
     BadInput,
     BadTensors,
     BudgetSpent,
-    FedeltaError,
     RoundLost,
     TooFewSites,
-    TrainingFailed,
     UnsoundCombination,
 )
 from fedelta.core.grid import Terms
@@ -48,6 +44,7 @@ from fedelta.core.messages import PartyId, Reply, Request, Requests, Tensors
 from fedelta.core.noise import Noise, SeededNoise, SystemNoise
 from fedelta.core.program import Fleet, Report, Sight, Site, run
 from fedelta.core.release import Budget, Ledger, Limit
+from fedelta.core.withheld import withheld
 from fedelta.privacy.ledger import MemoryLedger
 from fedelta.secure.aggregation import SecureAggregation
 from fedelta.statistics import private
@@ -72,7 +69,6 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MOST_LOST = 3  # rounds in a row
 _LEAST_LEFT = 0.01  # of a budget's rho: with less, noise is ten times as large as it would be
 _PRIVATE = "private counts"  # in Site.given: they have left
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +300,8 @@ class Statistics:
     # At a site
 
     def _outgoing(self, request: Request, site: Site) -> Tensors:
-        with self._withheld(site):
+        hidden = self.privacy is not None or self.collect.shows is Sight.SUM
+        with withheld(site.id, hidden, "it could not count its rows; why is in its own log, as it may tell of them"):
             rows = site.data().train
             if self.privacy is None:
                 return body(answer(self.columns, rows, request.shared), TERMS)
@@ -324,17 +321,6 @@ class Statistics:
         if own is not None:
             own.record(private.release(share, request.round, digest(self), of=site.id))
         return body(vector, private.terms(sites))
-
-    @contextmanager
-    def _withheld(self, site: Site) -> Iterator[None]:
-        """Why this site's work fails may tell of its rows: where those are hidden, that stays in the site's own log."""
-        try:
-            yield
-        except (FedeltaError, OSError) as error:
-            if self.privacy is None and self.collect.shows is Sight.EACH:
-                raise
-            _LOG.warning("%s: %s", site.id, error)
-            raise TrainingFailed("it could not count its rows; why is in its own log, as it may tell of them") from None
 
 
 def summarise(program: Statistics, fleet: Fleet) -> Summary:
