@@ -97,7 +97,9 @@ def read(folder: Path) -> Iterator[Receipt]:
                 try:
                     yield _checked(folder, json.loads(line))
                 except (ValueError, TypeError, KeyError, AttributeError, OSError, BadTensors) as error:
-                    raise BadInput(f"line {number} of {path} does not hold: {error}") from None
+                    own = isinstance(error, BadTensors | OSError)  # others are about what Python makes of the line
+                    why = error if own else "it is not what serve and join write"
+                    raise BadInput(f"line {number} of {path} does not hold: {why}") from None
 
 
 def _checked(folder: Path, line: dict[str, Any]) -> Receipt:
