@@ -23,12 +23,12 @@ __all__ = ["fedelta"]  # a fixture
 SPOILING = """
 from dataclasses import replace
 from fedelta.cli.main import main
-from fedelta.fleet import member
-honest = member.answer
+from fedelta.fleet import working
+honest = working.answer
 def answer(program, request, site):
     reply = honest(program, request, site)
     return replace(reply, body={name: x * float("nan") if x.numel() > 1 else x for name, x in reply.body.items()})
-member.answer = answer
+working.answer = answer
 main()
 """
 
