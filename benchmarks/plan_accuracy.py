@@ -1,6 +1,6 @@
 """How well `fedelta plan` tells what a run then takes: bytes, seconds and memory, forecast over measured.
 
-    python -m benchmarks.plan_accuracy [--data FOLDER] [--rounds 4] [WORKLOAD ...]
+    python -m benchmarks.plan_accuracy --data FOLDER [--rounds 4] [WORKLOAD ...]
 
 "cnn": the network of examples/mnist.py, all of it trained, over 8 sites of 100 to 800 images. "lora": LoRA on MiniLM
 over 4 sites of 32 to 128 headlines. "minilm": the same with all weights trained. Forecast and run are processes of
@@ -135,7 +135,7 @@ def _apart(work: Callable[..., T], *given: object) -> T:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of mnist and ag-news")
+    parser.add_argument("--data", type=Path, required=True, help="folder of mnist and ag-news")
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

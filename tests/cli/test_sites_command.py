@@ -8,14 +8,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from tests.cli.in_process import Fedelta, fedelta
 from tests.cli.test_serve import EXPERIMENT, Processes
 from tests.ports import free_port
 
+from fedelta.cli.deployment import loaded
+from fedelta.core.digest import digest
+from fedelta.fleet import frames_pb2 as frames
 from fedelta.fleet.certificates import CertificateAuthority
 from fedelta.fleet.known_sites import Turns
 from fedelta.fleet.registry import DATABASE, Registry
+from fedelta.fleet.wire import METHOD, PROTOCOL, frame, parse
 from fedelta.observe.folder import read_run
 
 __all__ = ["fedelta"]  # a fixture
@@ -23,12 +28,12 @@ __all__ = ["fedelta"]  # a fixture
 SPOILING = """
 from dataclasses import replace
 from fedelta.cli.main import main
-from fedelta.fleet import member
-honest = member.answer
+from fedelta.fleet import working
+honest = working.answer
 def answer(program, request, site):
     reply = honest(program, request, site)
     return replace(reply, body={name: x * float("nan") if x.numel() > 1 else x for name, x in reply.body.items()})
-member.answer = answer
+working.answer = answer
 main()
 """
 
@@ -169,6 +174,20 @@ def check_logs(processes: Processes, folder: Path) -> None:
     for log in ("serve", "a", "b", "bad"):
         assert not any(secret in processes.said(log) for secret in secrets)
     assert [json.loads(line)["event"] for line in processes.said("a").splitlines() if "connected to" in line]
+
+
+@pytest.mark.slow
+def test_without_a_quarantine_nobody_is_shut_out_for_good(processes: Processes) -> None:
+    _, federation = loaded(processes.folder / "experiment.py", (), test=False)
+    port = free_port()
+    processes("serve", "serve", "experiment.py", "--insecure", "--listen", f"127.0.0.1:{port}", "--quarantine-after", 0)
+    processes.until("serve", "Listening at")
+    hello = frame(frames.Hello(protocol=PROTOCOL, name="a", experiment=digest(federation)))
+    for _ in range(5):  # more than a fleet bears by itself
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            first, *_, last = channel.stream_stream(METHOD)(iter([hello, b"\x99 what no site sends"]))
+        assert isinstance(parse(first), frames.Welcome)
+        assert not parse(last).final  # type: ignore[union-attr]
 
 
 def test_the_table_has_all_sites_and_why_one_is_in_quarantine(

@@ -22,6 +22,8 @@ from fedelta.learning.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg:
+    """`task` is what is trained, `training` how a site trains in a round."""
+
     kind: ClassVar[Kind] = "difference"
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = True

@@ -53,6 +53,8 @@ _MOST_LOST = 3  # rounds in a row: then it is not by chance that nothing comes o
 
 @dataclass(frozen=True, kw_only=True)
 class Federation(Generic[S]):
+    """Raises BadInput for a number out of range, UnsoundCombination for parts that do not go together."""
+
     algorithm: Algorithm[S]
     rounds: int = field(metadata={"digest": False})
     start: ClosedForm | None = None  # round zero: the head in closed form, from all sites

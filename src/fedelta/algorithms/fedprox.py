@@ -25,6 +25,8 @@ from fedelta.learning.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx:
+    """As FedAvg, with mu/2 times the squared distance from the global model added to the loss of each batch."""
+
     kind: ClassVar[Kind] = "difference"
     rule: ClassVar[Rule] = Mean()
     at_once: ClassVar[bool] = True

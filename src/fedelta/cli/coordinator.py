@@ -61,8 +61,6 @@ class Coordinator:
                 self._traced = Telemetry.from_environment(job=name, told=federation.privacy is None)
                 stack.callback(self._traced.close)
             self._attendance = stack.enter_context(Attendance(self._registry(folder)))
-            # with a quarantine the registry counts faults, and not the fleet, which an operator cannot reach
-            limits = replace(self.limits, faults=sys.maxsize) if self.quarantine_after else self.limits
             self._remote = stack.enter_context(
                 Remote(
                     federation,
@@ -71,7 +69,8 @@ class Coordinator:
                     credentials=self.credentials,
                     allowed=self.allowed,
                     run=name,
-                    limits=limits,
+                    # the registry counts faults, and not the fleet, which an operator cannot reach
+                    limits=replace(self.limits, faults=sys.maxsize),
                     spill=folder.path,
                     receipts=folder.path,
                     register=self._attendance,

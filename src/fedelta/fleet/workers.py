@@ -84,7 +84,8 @@ class Workers:
     picklable, the main module importable, and PyTorch's global settings are those of a new process. Under "fork", site
     code must not use other libraries' OpenMP threads that the coordinator has used before.
 
-    `spill` is an existing folder for those files; it is of one run and stays. None: a temporary one (see TMPDIR).
+    `spill` is an existing folder for what sites keep between rounds (Site.memory); it is of one run and stays. None: a
+    temporary one (see TMPDIR).
 
     The tensors of a request must not change until its reply is there. Those of a reply are views of shared memory.
     """

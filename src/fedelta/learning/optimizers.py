@@ -33,6 +33,8 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
+    """Stochastic gradient descent, as in PyTorch; its momentum starts anew in every round."""
+
     lr: float  # > 0
     momentum: float = 0.0  # in [0, 1)
     weight_decay: float = 0.0  # >= 0
