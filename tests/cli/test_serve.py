@@ -175,7 +175,7 @@ def test_a_run_whose_coordinator_and_a_site_are_killed_ends_with_the_bits_of_a_s
     assert here.keys() == there.keys()
     assert all(here[name].equal(there[name]) for name in here)
     for name in ("a", "b"):
-        (model,) = (folder / "joined" / name).glob("*/model.safetensors")
+        (model,) = (folder / "joined" / name).rglob("model.safetensors")
         assert model.read_bytes() == (folder / "run" / "model.safetensors").read_bytes()
         assert f"{name}: the model is in {model.relative_to(folder)}." in processes.said(name)
 

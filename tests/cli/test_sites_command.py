@@ -176,7 +176,6 @@ def check_logs(processes: Processes, folder: Path) -> None:
     assert [json.loads(line)["event"] for line in processes.said("a").splitlines() if "connected to" in line]
 
 
-@pytest.mark.slow
 def test_without_a_quarantine_nobody_is_shut_out_for_good(processes: Processes) -> None:
     _, federation = loaded(processes.folder / "experiment.py", (), test=False)
     port = free_port()
