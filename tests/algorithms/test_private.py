@@ -17,7 +17,7 @@ from fedelta.algorithms.fedopt import FedAdam, FedOpt
 from fedelta.algorithms.mechanism import Privacy
 from fedelta.algorithms.sampling import All, Cyclic, Fixed, Poisson, Sampling
 from fedelta.algorithms.tally import Tally
-from fedelta.core.errors import BadInput, CannotResume, TooFewSites, UnsoundCombination
+from fedelta.core.errors import BadInput, BudgetSpent, CannotResume, TooFewSites, UnsoundCombination
 from fedelta.core.examples import Examples
 from fedelta.core.messages import Request, Requests
 from fedelta.core.program import Report, Site, SiteData, run
@@ -398,11 +398,11 @@ def test_why_a_site_cannot_work_is_not_told_to_the_coordinator_either(model: typ
     assert reply.error == "it could not do its work; why is in its own log, as it may tell of its rows"
 
 
-def asked(program: Federation[Any], op: str = "train", **changes: torch.Tensor) -> torch.Tensor:
-    """What site-00 answers in round 1, to a request in which some tensors are changed."""
+def asked(program: Federation[Any], op: str = "train", round: int = 1, **changes: torch.Tensor) -> torch.Tensor:
+    """What site-00 answers to a request in which some tensors are changed."""
     state = program.begun(program.init(), SITES)
     shared, _ = program.broadcast(state, SITES)
-    request = Request(to="site-00", op=op, round=1, shared={**shared, **changes})
+    request = Request(to="site-00", op=op, round=round, shared={**shared, **changes})
     data = SiteData(train=site("site-00"), validation=site("site-01"))
     return program.handle(request, Site(id="site-00", data=lambda: data)).body["difference"]
 
@@ -428,6 +428,19 @@ def test_a_site_tells_nothing_that_no_guarantee_covers(privacy: Privacy) -> None
     for op in ("evaluate", "statistics"):
         with pytest.raises(BadInput, match=f"knows no '{op}' request"):
             asked(program, op)
+
+
+@pytest.mark.parametrize("kind", [LocalDP, ExampleLevel], ids=lambda kind: kind.__name__)
+def test_a_site_does_no_round_that_its_budget_does_not_have(kind: type[Privacy]) -> None:
+    """And finds that out at once also where it is asked for the round 10^9."""
+    program = federation(kind(clip=0.5, noise=4.0, epsilon=4.0))  # type: ignore[call-arg]
+    asked(program, round=4)
+    for round in (1_000, 10**9):
+        with pytest.raises(BudgetSpent, match=f"round {round} would pass epsilon 4"):
+            asked(program, round=round)
+    for round in (0, -1):
+        with pytest.raises(BadInput, match="it is asked for round"):
+            asked(program, round=round)
 
 
 def test_a_site_does_not_believe_what_it_is_told_about_noise() -> None:

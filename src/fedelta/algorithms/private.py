@@ -30,7 +30,7 @@ from fedelta.learning.private_moments import Discrete, PrivateMoments
 from fedelta.learning.training import Training
 from fedelta.privacy import distributed
 from fedelta.privacy.accounting import Account, epsilon
-from fedelta.privacy.events import gaussian
+from fedelta.privacy.events import gaussian, repeated
 from fedelta.privacy.guarantee import ROUNDS, PrivacyState, budget, told_number
 from fedelta.privacy.population import Population, Work
 from fedelta.privacy.site_level import NORM
@@ -305,12 +305,13 @@ class Guard:
         if privacy.central:
             return
         self._check_told(told)
-        if privacy.noise is None and not 1 <= round <= self.rounds:
+        if round < 1 or (privacy.noise is None and round > self.rounds):
             raise BadInput(f"it is asked for round {round}, and its experiment has {self.rounds}")
         if privacy.noise is not None and limit is not None:
             before = [self._of_start(told, "")] if self.start else []
+            one = self._of_site("", work, told, round)
             if not Account(budget=limit, unit=privacy.unit).fits(
-                [*before, *[self._of_site("", work, told, round)] * round]
+                [*before, replace(one, event=repeated(one.event, round))]
             ):
                 raise BudgetSpent(f"round {round} would pass epsilon {limit.epsilon:g} at delta {limit.delta:g}")
 

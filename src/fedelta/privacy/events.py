@@ -66,7 +66,12 @@ def without_replacement_gaussian(size: int, of: int, noise_multiplier: float) ->
 
 def steps(rate: float, noise_multiplier: float, count: int) -> Event:
     """DP-SGD: `count` Gaussian mechanisms, each on a Poisson sample of its own. Relations as poisson_gaussian."""
-    return {"self_composed": {"count": count, "event": poisson_gaussian(rate, noise_multiplier)}}
+    return repeated(poisson_gaussian(rate, noise_multiplier), count)
+
+
+def repeated(event: Mapping[str, Plain], count: int) -> Event:
+    """The same `count` times, each with noise of its own."""
+    return {"self_composed": {"count": count, "event": dict(event)}}
 
 
 def concentrated(rho: float) -> Event:
